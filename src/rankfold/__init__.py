@@ -1,0 +1,61 @@
+"""Smaller and measurably faster PyTorch networks by low-rank and tensor factorization.
+
+    analysis = rankfold.analyze(model, data)
+    plan     = analysis.plan(macs=0.3)
+    small    = rankfold.factorize(model, plan)
+    rankfold.recover(small, data, teacher=model)
+    print(rankfold.measure(model, small, data))
+    rankfold.save(small, "small/")
+
+or `small = rankfold.compress(model, data, macs=0.3)` for all but the saving.
+"""
+
+from rankfold.analysis import Analysis, analyze
+from rankfold.checkpoint import load, save
+from rankfold.compress import compress
+from rankfold.errors import (
+    BudgetError,
+    CalibrationError,
+    CheckpointError,
+    DeviceError,
+    ModelError,
+    PlanError,
+    RankError,
+    RankfoldError,
+    UnsupportedLayerError,
+)
+from rankfold.factorize import factorize
+from rankfold.measure import Comparison, Measurement, accuracy, measure
+from rankfold.plan import Plan
+from rankfold.record import Record, record_of
+from rankfold.recover import Recovery, recover, reestimate_batch_norm
+from rankfold.version import __version__
+
+__all__ = [
+    "Analysis",
+    "BudgetError",
+    "CalibrationError",
+    "CheckpointError",
+    "Comparison",
+    "DeviceError",
+    "Measurement",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "RankError",
+    "RankfoldError",
+    "Record",
+    "Recovery",
+    "UnsupportedLayerError",
+    "__version__",
+    "accuracy",
+    "analyze",
+    "compress",
+    "factorize",
+    "load",
+    "measure",
+    "record_of",
+    "recover",
+    "reestimate_batch_norm",
+    "save",
+]

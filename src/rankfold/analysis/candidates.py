@@ -1,0 +1,88 @@
+"""Everything that may become of one layer: method, rank, loss and cost."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from torch import nn
+
+from rankfold.cost import count_layer_macs, count_parameters
+from rankfold.methods import Family, Method, Rank
+
+Counts = tuple[int, int]  # parameters, MACs over all calls
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One approximation of one layer."""
+
+    method: str
+    rank: Rank
+    loss: float
+    parameters: int
+    macs: int  # over all calls of the layer on the first calibration batch
+
+
+@dataclass(frozen=True)
+class AnalysedLayer:
+    """One layer with a weight, and all that can be made of it."""
+
+    name: str
+    layer: str  # its repr
+    parameters: int
+    macs: int  # over all calls on the first calibration batch
+    reason: str | None  # why no method applies, or None
+    methods: Mapping[str, Method]  # those that apply, in the order of METHODS
+    families: Mapping[str, Family]  # the same, fitted
+    candidates: tuple[Candidate, ...]  # below break-even
+
+
+def candidates(
+    layer: nn.Module,
+    method: Method,
+    family: Family,
+    input_shapes: Sequence[Sequence[int]],
+    dense: Counts,
+) -> list[Candidate]:
+    """The candidates of one method that lie below break-even.
+
+    Break-even: no more parameters and no more MACs than the dense layer, and fewer of one.
+    """
+
+    def count(rank: Rank) -> Counts:
+        skeleton = method.skeleton(layer, rank)
+        return count_parameters(skeleton), count_layer_macs(skeleton, input_shapes)
+
+    ranks = family.ranks()
+    return [
+        Candidate(method.name, rank, family.loss(rank), *cost)
+        for rank, cost in zip(ranks, costs_of_ranks(count, ranks), strict=True)
+        if cost != dense and all(ours <= theirs for ours, theirs in zip(cost, dense, strict=True))
+    ]
+
+
+def costs_of_ranks(count: Callable[[Rank], Counts], ranks: Sequence[Rank]) -> list[Counts]:
+    """The cost of every rank, counting few of them.
+
+    A chain of factors costs a sum of products of its ranks, each at most once per product, so the
+    cost is multilinear: counted at the corners of the grid it is known in between. Two counts
+    inside the grid check that it is; where it is not, every rank is counted.
+    """
+    bounds = [(min(entry), max(entry)) for entry in zip(*ranks, strict=True)]
+    corners = {corner: count(corner) for corner in product(*(sorted(set(b)) for b in bounds))}
+
+    def interpolate(rank: Rank) -> Counts:
+        parameters = macs = 0.0
+        for corner, (corner_parameters, corner_macs) in corners.items():
+            weight = 1.0
+            for entry, at, (low, high) in zip(rank, corner, bounds, strict=True):
+                if low != high:
+                    weight *= (entry - low if at == high else high - entry) / (high - low)
+            parameters += weight * corner_parameters
+            macs += weight * corner_macs
+        return round(parameters), round(macs)
+
+    probes = {ranks[len(ranks) // 2], ranks[len(ranks) // 3]} - corners.keys()
+    if all(count(probe) == interpolate(probe) for probe in probes):
+        return [interpolate(rank) for rank in ranks]
+    return [count(rank) for rank in ranks]

@@ -1,0 +1,163 @@
+"""Which layers a network has, what they are called with, and which must be left alone."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from rankfold.batches import (
+    Data,
+    Forward,
+    batch_size,
+    device_of,
+    first_batches,
+    run_or_explain,
+    running,
+    tensors_of,
+)
+from rankfold.cost import count_macs
+from rankfold.errors import CalibrationError, ModelError
+from rankfold.progress import Progress, silent
+
+# These read `linear1.weight` and its like directly on their fast path, past any forward.
+_READERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class SurveyedLayer:
+    """A module with a weight of its own, as the first calibration batch met it."""
+
+    name: str
+    module: nn.Module
+    input_shapes: tuple[tuple[int, ...], ...]  # one per call
+    reason: str | None  # why it must be left alone whatever the method, or None
+
+
+@dataclass(frozen=True)
+class Survey:
+    layers: tuple[SurveyedLayer, ...]
+    macs: int  # of the first batch
+    batch_size: int  # of the first batch
+
+
+def survey(
+    model: nn.Module, data: Data, forward: Forward, batches: int, progress: Progress = silent
+) -> Survey:
+    """Run the first `batches` batches through the model in eval mode and look.
+
+    Raises ModelError for weights that are not finite or a model that does not run, CalibrationError
+    for data that yields nothing, and for a batch or activations of a layer that are not finite.
+    """
+    check_weights(model)
+    names = {module: name for name, module in model.named_modules()}
+    shapes: dict[nn.Module, list[tuple[int, ...]]] = {}
+    current = 0
+
+    def watch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if current == 0 and inputs and isinstance(inputs[0], torch.Tensor):
+            shapes.setdefault(module, []).append(tuple(inputs[0].shape))
+        if not all(torch.isfinite(tensor).all() for tensor in tensors_of(output)):
+            raise CalibrationError(
+                f"layer '{names[module]}' ({type(module).__name__}) gives NaN or infinity on "
+                f"batch {current}"
+            )
+
+    owners = _weight_owners(model)
+    unhooked = {module: _hooks(module) for module in owners}
+    leaves = [module for module in model.modules() if not any(module.children())]
+    hooks = [module.register_forward_hook(watch) for module in {*leaves, *owners}]
+    size, macs = 1, 0
+    try:
+        with torch.no_grad(), running(model):
+            found = first_batches(data, batches, device_of(model))
+            for index, batch in enumerate(progress(found, "calibrating")):
+                current = index
+                if not all(torch.isfinite(tensor).all() for tensor in tensors_of(batch)):
+                    raise CalibrationError(f"batch {index} of the data holds NaN or infinity")
+                if index == 0:
+                    size = batch_size(batch)
+                    macs = count_macs(partial(run_or_explain, forward, model, batch, 0))
+                else:
+                    run_or_explain(forward, model, batch, index)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shared = _shared_weights(owners, names)
+    readers = {
+        child: type(m).__name__
+        for m in model.modules()
+        if isinstance(m, _READERS)
+        for child in m.modules()
+        if child is not m
+    }
+    layers = []
+    for module in owners:
+        reason = unhooked[module]
+        if parametrize.is_parametrized(module):
+            reason = "its weight is parametrized: remove the parametrizations first"
+        elif module in shared:
+            reason = f"its weight is also that of '{shared[module]}'"
+        elif module in readers:
+            reason = f"{readers[module]} reads its weight directly"
+        elif module not in shapes:
+            reason = "the forward pass never calls it"
+        layers.append(SurveyedLayer(names[module], module, tuple(shapes.get(module, ())), reason))
+    return Survey(tuple(layers), macs, size)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise ModelError unless every parameter is there and finite."""
+    for name, parameter in model.named_parameters():
+        layer = name.rpartition(".")[0]
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(f"layer '{layer}' is lazily initialised: run the model once first")
+        if parameter.is_meta:
+            raise ModelError(f"layer '{layer}' has no weights: it is on the meta device")
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ModelError(f"parameter '{name}' of layer '{layer}' holds NaN or infinity")
+
+
+def _weight_owners(model: nn.Module) -> list[nn.Module]:
+    """Modules that own a parameter of two modes or more, in the order of the model."""
+
+    def own_weights(module: nn.Module) -> Iterable[torch.Tensor]:
+        inner = getattr(module, "parametrizations", nn.Module())
+        return (*module.parameters(recurse=False), *inner.parameters())
+
+    return [
+        module
+        for module in model.modules()
+        if any(weight.dim() >= 2 for weight in own_weights(module))
+        and not isinstance(module, nn.ParameterList | nn.ParameterDict)
+        and not isinstance(module, parametrize.ParametrizationList)
+    ]
+
+
+def _hooks(module: nn.Module) -> str | None:
+    """The reason not to replace a module that carries hooks of the user's: they would be lost."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return "it carries hooks, which would be lost" if any(hooks) else None
+
+
+def _shared_weights(owners: list[nn.Module], names: dict[nn.Module, str]) -> dict[nn.Module, str]:
+    """Modules whose weight is also another module's, with the name of that other."""
+    by_storage: dict[int, list[nn.Module]] = {}
+    for module in owners:
+        for weight in module.parameters(recurse=False):
+            if weight.dim() >= 2:
+                by_storage.setdefault(weight.untyped_storage().data_ptr(), []).append(module)
+    return {
+        module: names[next(other for other in modules if other is not module)]
+        for modules in by_storage.values()
+        if len(set(modules)) > 1
+        for module in modules
+    }

@@ -1,0 +1,291 @@
+"""Saving and loading a factorized network: safetensors and JSON, never a pickle.
+
+A saved model is a directory:
+
+    model.safetensors   the weights
+    plan.json           what was done to which layer, what it cost and brought, and the SHA-256 of
+                        the weights file that it belongs to
+
+Saving is atomic. A new directory is written beside its place and renamed into it. Over an old one,
+the new weights are written under the name model.safetensors.new, plan.json is replaced by a rename,
+which is the moment the new model takes effect, and then the weights get their proper name. A kill
+at any point leaves a plan.json whose weights are there under one of the two names.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rankfold.errors import CheckpointError, ModelError, PlanError, RankError
+from rankfold.factorize import replace_layers
+from rankfold.plan import LayerPlan, Plan
+from rankfold.record import Record, attach_record, record_of
+from rankfold.version import __version__
+
+Pathlike = str | os.PathLike[str]
+
+WEIGHTS = "model.safetensors"
+INCOMING = "model.safetensors.new"
+PLAN = "plan.json"
+
+
+def save(
+    model: nn.Module,
+    directory: Pathlike,
+    *,
+    force: bool = False,
+    origin: Mapping[str, str] | None = None,
+) -> None:
+    """Write a network made by `factorize` to a directory that `load` reads.
+
+    `origin` (import paths of the model and data, for `rankfold evaluate`) is written into plan.json
+    beside all that the model remembers of its making. An existing saved model is replaced only with
+    `force`; a directory that is none is never touched. Raises CheckpointError if it cannot be
+    written, PlanError for a model that rankfold did not make.
+    """
+    record = record_of(model)
+    target = Path(directory)
+    check_target(target, force)
+    tensors = dict(_tensors_once(model))
+    plan_document = {
+        "rankfold": __version__,
+        "torch": torch.__version__,
+        "plan": record.plan.to_json(),
+        "source_sha256": record.source_sha256,
+        "strides": _unusual_strides(tensors),
+        "recovery": None if record.recovery is None else asdict(record.recovery),
+        "comparison": None if record.comparison is None else asdict(record.comparison),
+        "origin": dict(origin or {}),
+    }
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            _write(target, INCOMING, tensors, plan_document)
+            (target / INCOMING).replace(target / WEIGHTS)
+        else:
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as room:
+                beside = Path(room) / "new"
+                beside.mkdir()
+                _write(beside, WEIGHTS, tensors, plan_document)
+                beside.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def load(
+    directory: Pathlike,
+    like: Callable[[], nn.Module] | nn.Module,
+    *,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Read a network that `save` wrote, in eval mode; its outputs are the saved one's, to the bit.
+
+    `like` is the factory of the dense network, or such a network (which is copied); its weights do
+    not matter, its architecture and dtypes do. `device` defaults to where the factory puts it.
+    Raises CheckpointError, saying what is wrong, for a directory that is missing, damaged, or of
+    another network; ModelError if the factory fails.
+    """
+    source = Path(directory)
+    document = read_plan_document(source)
+    try:
+        plan = Plan.from_json(document["plan"])
+    except PlanError as error:
+        raise CheckpointError(f"{source / PLAN}: {error}") from error
+    tensors = _read_tensors(source, document)
+    model = _build(like)
+    if device is not None:
+        model.to(device)
+
+    def skeleton(entry: LayerPlan, layer: nn.Module) -> nn.Module:
+        method = entry.make_method()
+        if (reason := method.why_not(layer)) is not None:
+            raise PlanError(f"method '{entry.method}' does not take it: {reason}")
+        weight = next(layer.parameters())
+        form = method.skeleton(layer, entry.rank or ()).to_empty(device=weight.device)
+        return form.requires_grad_(weight.requires_grad)
+
+    try:
+        model = replace_layers(model, plan, skeleton)
+    except (PlanError, RankError) as error:
+        raise CheckpointError(f"{source} is of another network: {error}") from error
+    _fill(model, tensors, document["strides"], source)
+    attach_record(model, Record(plan, document["source_sha256"]))
+    return model.eval()
+
+
+def check_target(directory: Pathlike, force: bool) -> None:
+    """Raise CheckpointError unless `save` may write to the directory; touches nothing."""
+    target = Path(directory)
+    if target.exists():
+        if not target.is_dir():
+            raise CheckpointError(f"{target} exists and is not a directory")
+        if any(target.iterdir()) and not (target / PLAN).is_file():
+            raise CheckpointError(
+                f"{target} exists and is no saved model: choose another directory"
+            )
+        if not force:
+            raise CheckpointError(f"{target} exists: pass --force (force=True) to replace it")
+    place = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{target} cannot be written: {place} is not a writable directory")
+
+
+def read_plan_document(directory: Pathlike) -> dict[str, Any]:
+    """plan.json of a saved model, checked for its outer form; raises CheckpointError."""
+    path = Path(directory) / PLAN
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"{directory} is not a directory")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} is no saved model: it has no {PLAN}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    for key, kind in {
+        "plan": dict,
+        "source_sha256": str,
+        "weights_sha256": str,
+        "strides": dict,
+        "origin": dict,
+    }.items():
+        if not isinstance(document, dict) or not isinstance(document.get(key), kind):
+            raise CheckpointError(f"{path} is damaged or not of rankfold: '{key}' is missing")
+    return document
+
+
+def _write(
+    directory: Path, weights: str, tensors: dict[str, torch.Tensor], document: dict[str, Any]
+) -> None:
+    """Write weights under the name given, then plan.json by a rename; both reach the disk."""
+    save_file(
+        {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
+        directory / weights,
+    )
+    _flush(directory / weights)
+    document["weights_sha256"] = _file_sha256(directory / weights)
+    beside = directory / (PLAN + ".new")
+    beside.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    _flush(beside)
+    (directory / weights).chmod(beside.stat().st_mode)  # safetensors makes it private
+    beside.replace(directory / PLAN)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tensors_once(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The state dict, each shared tensor under its first name alone."""
+    seen = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"the state '{name}' is no tensor and cannot be saved")
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield name, value
+
+
+def _unusual_strides(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """Strides of the tensors not stored row-major: they decide which kernels run."""
+    return {
+        name: list(tensor.stride())
+        for name, tensor in tensors.items()
+        if tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
+        and sorted(tensor.stride()) == sorted(_dense_strides(tensor))
+    }
+
+
+def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a gapless copy that keeps the order of the modes."""
+    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride()
+
+
+def _read_tensors(source: Path, document: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights that belong to the plan document, under whichever name a save left them."""
+    found = [source / name for name in (WEIGHTS, INCOMING) if (source / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{source} is no saved model: it has no {WEIGHTS}")
+    for path in found:
+        if _file_sha256(path) == document["weights_sha256"]:
+            try:
+                return load_file(path)
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(f"{path} is damaged: {error}") from error
+    raise CheckpointError(
+        f"{found[0]} is damaged or does not belong to {PLAN}: its SHA-256 is another"
+    )
+
+
+def _build(like: Callable[[], nn.Module] | nn.Module) -> nn.Module:
+    if isinstance(like, nn.Module):
+        return copy.deepcopy(like)
+    try:
+        model = like()
+    except Exception as error:
+        raise ModelError(f"the model factory failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model factory gave a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _fill(
+    model: nn.Module, tensors: dict[str, torch.Tensor], strides: Mapping[str, Any], source: Path
+) -> None:
+    """Copy the tensors into the model's; CheckpointError, naming them, for any that differ."""
+    expected = dict(_tensors_once(model))
+    for what, names in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has, unknown to the network,", tensors.keys() - expected.keys()),
+    ):
+        if names:
+            first = sorted(names)[0]
+            raise CheckpointError(f"{source / WEIGHTS} {what} '{first}' ({len(names)} in all)")
+    for name, tensor in tensors.items():
+        own = expected[name]
+        for what, theirs, ours in (
+            ("shape", tuple(tensor.shape), tuple(own.shape)),
+            ("dtype", tensor.dtype, own.dtype),
+        ):
+            if theirs != ours:
+                raise CheckpointError(
+                    f"{source / WEIGHTS}: '{name}' has {what} {theirs}, the network's has {ours}"
+                )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own = expected[name]
+            if name in strides:
+                own.data = _with_strides(
+                    own, strides[name], f"{source / PLAN}: strides of '{name}'"
+                )
+            own.copy_(tensor)
+
+
+def _with_strides(tensor: torch.Tensor, strides: Any, where: str) -> torch.Tensor:
+    """An empty tensor like the one given, stored with the strides given, which must be gapless."""
+    if (
+        not isinstance(strides, list)
+        or len(strides) != tensor.dim()
+        or not all(type(stride) is int and 0 < stride <= tensor.numel() for stride in strides)
+    ):
+        raise CheckpointError(f"{where} are {strides!r:.80}")
+    laid_out = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    if laid_out.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+        raise CheckpointError(f"{where} are {strides}, which does not fit {tuple(tensor.shape)}")
+    return laid_out

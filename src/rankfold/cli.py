@@ -1,0 +1,383 @@
+"""The command line: `rankfold demo`, `inspect`, `compress`, `evaluate`.
+
+Tables and progress are for people and go to the terminal; with `--json` standard output holds one
+JSON object and nothing else. An error that rankfold knows is one line and exit status 2.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+from torch import nn
+
+from rankfold.analysis import analyze
+from rankfold.batches import Data, Forward, device_of, first_batches, run, tensors_of
+from rankfold.checkpoint import check_target, load, read_plan_document, save
+from rankfold.compress import compress as compress_model
+from rankfold.errors import CheckpointError, DeviceError, RankfoldError
+from rankfold.factorize import factorize
+from rankfold.imports import resolve_data, resolve_function, resolve_model
+from rankfold.measure import Comparison, Metric, in_fastest_memory_format, measure
+from rankfold.measure import evaluate as measure_metric
+from rankfold.plan import Cost, Plan
+from rankfold.record import record_of
+
+T = TypeVar("T")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make trained PyTorch networks smaller and measurably faster by factorization.",
+)
+people = Console(stderr=True)
+
+ModelPath = Annotated[str, typer.Argument(help="Import path of a model or its factory: pkg:name.")]
+DataPath = Annotated[
+    str, typer.Option("--data", help="Import path of batches, or of a function that makes them.")
+]
+TestPath = Annotated[
+    str | None, typer.Option("--test", help="Batches to measure on (default: those of --data).")
+]
+MetricPath = Annotated[
+    str | None, typer.Option("--metric", help="Import path of metric(model, data) -> float.")
+]
+ForwardPath = Annotated[
+    str | None, typer.Option("--forward", help="Import path of forward(model, batch) -> output.")
+]
+Params = Annotated[
+    float | None, typer.Option("--params", help="Fraction of parameters kept, or a number > 1.")
+]
+Macs = Annotated[
+    float | None, typer.Option("--macs", help="Fraction of MACs kept, or a number > 1.")
+]
+Energy = Annotated[
+    float | None, typer.Option("--energy", help="Share of energy kept in every unfolding.")
+]
+Fraction = Annotated[float | None, typer.Option("--fraction", help="Fraction of full rank.")]
+Evbmf = Annotated[bool, typer.Option("--evbmf", help="Ranks by variational Bayes (the default).")]
+Layers = Annotated[
+    list[str] | None, typer.Option("--layers", help="Name or pattern of layers; may be repeated.")
+]
+Epochs = Annotated[int, typer.Option("--epochs", min=0, help="Of recovery; 0 for none.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads (default: torch's choice).")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Out = Annotated[Path, typer.Option("--out", help="Directory for the saved model.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a saved model that is there.")]
+
+
+@app.command()
+def demo(
+    out: Out = Path("rankfold-demo"),
+    macs: Annotated[float, typer.Option("--macs", help="Fraction of MACs kept.")] = 0.25,
+    epochs: Epochs = 6,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Compress the network that ships with rankfold, save it, load it again and evaluate that."""
+    compress(
+        model="rankfold.demo:make_model",
+        data="rankfold.demo:make_data",
+        test="rankfold.demo:make_test",
+        metric="rankfold.demo:accuracy",
+        out=out,
+        macs=macs,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+        threads=threads,
+        as_json=as_json,
+        force=force,
+    )
+
+
+@app.command()
+def inspect(
+    model: ModelPath,
+    data: DataPath,
+    test: TestPath = None,
+    metric: MetricPath = None,
+    forward: ForwardPath = None,
+    params: Params = None,
+    macs: Macs = None,
+    energy: Energy = None,
+    fraction: Fraction = None,
+    evbmf: Evbmf = False,
+    layers: Layers = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Show every layer, what a plan does with it, and the network before and after, unrecovered."""
+    place = _prepare(device, threads, seed)
+    network, batches, judged = _load_inputs(model, data, test, place)
+    run_forward, measured = _load_functions(forward, metric)
+    analysis = analyze(
+        network, batches, forward=run_forward, layers=layers or "*", progress=_progress
+    )
+    plan = analysis.plan(params=params, macs=macs, energy=energy, fraction=fraction, evbmf=evbmf)
+    small = factorize(network, plan, progress=_progress)
+    batch = next(first_batches(judged, 1, place))
+    comparison = measure(
+        in_fastest_memory_format(network, batch, run_forward, _progress),
+        in_fastest_memory_format(small, batch, run_forward, _progress),
+        judged,
+        metric=measured,
+        forward=run_forward,
+        progress=_progress,
+    )
+    if as_json:
+        _print_json(comparison, layers=plan.to_json()["layers"])
+    else:
+        Console().print(_layer_table(plan), comparison)
+
+
+@app.command()
+def compress(
+    model: ModelPath,
+    data: DataPath,
+    out: Out,
+    test: TestPath = None,
+    metric: MetricPath = None,
+    forward: ForwardPath = None,
+    loss: Annotated[
+        str | None,
+        typer.Option("--loss", help="Import path of loss(output, label): recover on labels."),
+    ] = None,
+    params: Params = None,
+    macs: Macs = None,
+    energy: Energy = None,
+    fraction: Fraction = None,
+    evbmf: Evbmf = False,
+    layers: Layers = None,
+    epochs: Epochs = 5,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Analyze, plan, factorize, recover, save; then load what was saved and measure that.
+
+    Interrupted in recovery, the same command goes on from the last finished epoch.
+    """
+    check_target(out, force)
+    place = _prepare(device, threads, seed)
+    network, batches, judged = _load_inputs(model, data, test, place)
+    run_forward, measured = _load_functions(forward, metric)
+    training_state = out.with_name(out.name + ".recovery.pt")
+    small = compress_model(
+        network,
+        batches,
+        params=params,
+        macs=macs,
+        energy=energy,
+        fraction=fraction,
+        evbmf=evbmf,
+        layers=layers or "*",
+        forward=run_forward,
+        epochs=epochs,
+        loss_fn=resolve_function(loss, "loss") if loss else None,
+        checkpoint=training_state,
+        test=judged,
+        metric=measured,
+        seed=seed,
+        progress=_progress,
+    )
+    names = {"model": model, "data": data, "test": test, "metric": metric, "forward": forward}
+    save(small, out, force=force, origin={key: name for key, name in names.items() if name})
+    training_state.unlink(missing_ok=True)
+    comparison = record_of(small).comparison
+    assert comparison is not None
+    loaded = load(out, network)
+    _verify(small, loaded, run_forward, judged)
+    again = measure_metric(measured, loaded, judged) if measured else None
+    if again != comparison.after.metric:
+        raise CheckpointError(
+            f"the saved model, loaded again, has metric {again}, not {comparison.after.metric}"
+        )
+    if as_json:
+        _print_json(comparison, out=str(out))
+        return
+    console = Console()
+    console.print(_layer_table(record_of(small).plan), comparison)
+    if comparison.speedup < 1:
+        console.print("[bold]No faster:[/] fewer MACs did not buy time here; keep the original.")
+    found = "" if again is None else f" (metric {again:.4f})"
+    console.print(f"saved to {out}; loaded again it gives the same outputs{found}")
+
+
+@app.command()
+def evaluate(
+    directory: Annotated[Path, typer.Argument(help="A saved model.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="As for compress (default: what was used then).")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Likewise.")] = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="Likewise.")] = None,
+    forward: Annotated[str | None, typer.Option("--forward", help="Likewise.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Load a saved model and measure it against the original.
+
+    The import paths given to compress are remembered in the directory and used again, so code that
+    they name is run: give --model and --data for a directory from someone you do not trust.
+    """
+    origin = read_plan_document(directory)["origin"]
+    model = model or origin.get("model")
+    data = data or origin.get("test") or origin.get("data")
+    if not (isinstance(model, str) and isinstance(data, str)):
+        raise CheckpointError(f"{directory} does not say its model and data: give --model, --data")
+    place = _prepare(device, threads, seed)
+    people.print(f"model {model}, data {data}", highlight=False)
+    network, batches, _ = _load_inputs(model, data, None, place)
+    run_forward, measured = _load_functions(
+        forward or origin.get("forward"), metric or origin.get("metric")
+    )
+    small = load(directory, network)
+    batch = next(first_batches(batches, 1, place))
+    comparison = measure(
+        in_fastest_memory_format(network, batch, run_forward, _progress),
+        small,
+        batches,
+        metric=measured,
+        forward=run_forward,
+        progress=_progress,
+    )
+    if as_json:
+        _print_json(comparison)
+    else:
+        Console().print(comparison)
+
+
+def _prepare(device: str, threads: int | None, seed: int) -> torch.device:
+    """Set threads and seed, and check that the device is there."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DeviceError(f"device '{device}' cannot be used here: {reason}") from error
+    return place
+
+
+def _load_inputs(
+    model: str, data: str, test: str | None, place: torch.device
+) -> tuple[nn.Module, Data, Data]:
+    """The model on its device, in eval mode, the data, and the data to measure on."""
+    network = resolve_model(model).to(place).eval()
+    batches = resolve_data(data)
+    return network, batches, resolve_data(test) if test else batches
+
+
+def _load_functions(forward: str | None, metric: str | None) -> tuple[Forward, Metric | None]:
+    return (
+        resolve_function(forward, "forward") if forward else run,
+        resolve_function(metric, "metric") if metric else None,
+    )
+
+
+def _verify(saved: nn.Module, loaded: nn.Module, forward: Forward, judged: Data) -> None:
+    """Raise CheckpointError unless the loaded network gives what the saved one does, to the bit."""
+    batch = next(first_batches(judged, 1, device_of(saved)))
+    with torch.no_grad():
+        outputs = [list(tensors_of(forward(network, batch))) for network in (saved, loaded)]
+    if not all(torch.equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True)):
+        raise CheckpointError("the saved model, loaded again, does not give the same outputs")
+
+
+def _progress(work: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """The `rankfold.progress.Progress` that draws a bar, on a terminal."""
+    if total is None and isinstance(work, Sized):
+        total = len(work)
+    bar = ProgressBar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=people,
+        transient=True,
+        disable=not people.is_terminal,
+    )
+    with bar:
+        yield from bar.track(work, total=total, description=description)
+
+
+def _layer_table(plan: Plan) -> Table:
+    table = Table(title=f"plan: {', '.join(f'{k} {v}' for k, v in plan.request.items())}")
+    table.add_column("layer", overflow="fold")
+    for column in ("parameters", "MACs", "method", "rank", "loss", "kept"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in plan.layers:
+        table.add_row(
+            layer.name or "(the model)",
+            _short(layer.before.parameters),
+            _short(layer.before.macs),
+            layer.method or "-",
+            "x".join(map(str, layer.rank or ())),
+            f"{layer.loss:.4f}" if layer.method else "",
+            _kept(layer.before, layer.after) if layer.method else "",
+        )
+        if layer.reason:
+            table.add_row(f"  [dim]{layer.reason}[/]")
+    table.add_section()
+    table.add_row(
+        f"{len(plan.factorized)} of {len(plan.layers)} factorized",
+        _short(plan.before.parameters),
+        _short(plan.before.macs),
+        "",
+        "",
+        f"{plan.loss:.4f}",
+        _kept(plan.before, plan.after),
+    )
+    table.caption = "kept: parameters / MACs"
+    return table
+
+
+def _short(number: int) -> str:
+    """A count in thousands or millions."""
+    return f"{number / 1e6:.2f} M" if number >= 1e6 else f"{number / 1e3:.1f} k"
+
+
+def _kept(before: Cost, after: Cost) -> str:
+    """Parameters and MACs that are left, in percent."""
+    pairs = ((before.parameters, after.parameters), (before.macs, after.macs))
+    return " / ".join(f"{100 * b / a:.0f} %" if a else "-" for a, b in pairs)
+
+
+def _print_json(comparison: Comparison, **more: Any) -> None:
+    """The comparison, and more beside it, as one JSON object on standard output."""
+    json.dump({**asdict(comparison), "speedup": comparison.speedup, **more}, sys.stdout, indent=1)
+    sys.stdout.write("\n")
+
+
+def main() -> None:
+    """Entry point: typed errors become one line on standard error and exit status 2."""
+    try:
+        app()
+    except RankfoldError as error:
+        line = " ".join(str(error).split())
+        people.print(f"error: {line}", style="red", highlight=False, soft_wrap=True, markup=False)
+        sys.exit(2)

@@ -1,0 +1,74 @@
+"""What a network costs: its parameters, and its multiply-accumulates counted as it runs.
+
+MACs come from torch's own FLOP counter (1 MAC = 2 FLOPs: products of matrices, convolutions,
+attention), so a layer has no cost formula of its own; what the counter does not know (recurrent
+layers fused by oneDNN or cuDNN) is told to it here.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in all parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(call: Callable[[], Any]) -> int:
+    """Multiply-accumulates of everything that `call()` runs, on whatever device.
+
+    Fused attention is taken apart while counting, so that its products are seen.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.get_total_flops() // 2
+
+
+def count_layer_macs(layer: nn.Module, input_shapes: Sequence[Sequence[int]]) -> int:
+    """MACs of a layer on the meta device, summed over calls with the given input shapes."""
+    dtype = next(layer.parameters()).dtype
+    with warnings.catch_warnings():
+        # "same" padding of an even kernel warns of a copy; nothing is computed here.
+        warnings.simplefilter("ignore")
+        inputs = [torch.empty(tuple(s), dtype=dtype, device="meta") for s in input_shapes]
+        return sum(count_macs(partial(layer, given)) for given in inputs)
+
+
+def _onednn_recurrent_flops(
+    inputs: Sequence[int],
+    input_weight: Sequence[int],
+    hidden_weight: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """One direction of one layer: both matrices once per step and sample (shapes come in)."""
+    positions = inputs[0] * inputs[1]
+    weights = input_weight[0] * input_weight[1] + hidden_weight[0] * hidden_weight[1]
+    return 2 * positions * weights
+
+
+def _cudnn_recurrent_flops(
+    inputs: Sequence[int], weights: Sequence[Sequence[int]], *_: Any, **__: Any
+) -> int:
+    """All layers and directions: every matrix once per step and sample (shapes come in)."""
+    positions = inputs[0] * inputs[1] if len(inputs) == 3 else inputs[0]
+    return 2 * positions * sum(w[0] * w[1] for w in weights if len(w) == 2)
+
+
+_RECURRENT: dict[Any, Any] = {
+    torch.ops.aten.mkldnn_rnn_layer: _onednn_recurrent_flops,
+    torch.ops.aten._cudnn_rnn: _cudnn_recurrent_flops,
+}

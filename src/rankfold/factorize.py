@@ -1,0 +1,68 @@
+"""Applying a plan to a network: a new network, the original untouched."""
+
+import copy
+from collections.abc import Callable
+
+from torch import nn
+
+from rankfold.errors import ModelError, PlanError, RankError
+from rankfold.fingerprint import weights_sha256
+from rankfold.methods import WEIGHT_METRIC
+from rankfold.plan import LayerPlan, Plan
+from rankfold.progress import Progress, silent
+from rankfold.record import Record, attach_record
+
+MakeLayer = Callable[[LayerPlan, nn.Module], nn.Module]
+
+
+def factorize(model: nn.Module, plan: Plan, *, progress: Progress = silent) -> nn.Module:
+    """A copy of the model in which every layer that the plan names is factorized.
+
+    Device, dtype, training mode, `requires_grad` and sharing of layers are kept. All new layers are
+    made before the first is put in place. Raises PlanError if the plan is of another network.
+    """
+
+    def fit(entry: LayerPlan, layer: nn.Module) -> nn.Module:
+        method = entry.make_method()
+        if (reason := method.why_not(layer)) is not None:
+            raise PlanError(f"method '{entry.method}' does not take it: {reason}")
+        try:
+            return method.fit(layer, WEIGHT_METRIC).build(entry.rank or ())
+        except RankError as error:
+            raise PlanError(str(error)) from error
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+
+    small = replace_layers(copy.deepcopy(model), plan, fit, progress)
+    attach_record(small, Record(plan, weights_sha256(model)))
+    return small
+
+
+def replace_layers(
+    model: nn.Module, plan: Plan, make: MakeLayer, progress: Progress = silent
+) -> nn.Module:
+    """Put `make(entry, layer)` in the place of every layer that the plan factorizes, in `model`.
+
+    A module that several parents share is replaced for all of them. Raises PlanError, naming the
+    layer, if there is no such layer or it is not the one that was planned.
+    """
+    modules = dict(model.named_modules())
+    made: dict[nn.Module, nn.Module] = {}
+    for entry in progress(plan.factorized, "factorizing", len(plan.factorized)):
+        layer = modules.get(entry.name)
+        try:
+            if layer is None:
+                raise PlanError("the model has no such layer")
+            if repr(layer) != entry.layer:
+                raise PlanError(f"the model has {layer!r:.200}, the plan is for {entry.layer:.200}")
+            made[layer] = make(entry, layer)
+        except Exception as error:
+            error.add_note(f"while factorizing layer '{entry.name}'")
+            raise
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module in made:
+            if not path:
+                return made[module]
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, made[module])
+    return model

@@ -1,0 +1,26 @@
+"""Factorized layers, built from torch's own modules so that every tool for torch knows them.
+
+Each is an `nn.Sequential` of convolutions or linear layers with nothing between them, has the
+geometry (stride, padding, dilation, bias, dtype) of one dense layer, and `to_dense()` gives that
+layer back. How the factors are found is the business of `rankfold.methods`.
+"""
+
+from rankfold.layers.convolution import (
+    CONVOLUTIONS,
+    Convolution,
+    TuckerConvolution,
+    TwoFactorConvolution,
+)
+from rankfold.layers.form import Dense, Form, assign_factors
+from rankfold.layers.linear import TwoFactorLinear
+
+__all__ = [
+    "CONVOLUTIONS",
+    "Convolution",
+    "Dense",
+    "Form",
+    "TuckerConvolution",
+    "TwoFactorConvolution",
+    "TwoFactorLinear",
+    "assign_factors",
+]

@@ -1,0 +1,52 @@
+"""What every factorized layer is: a chain of factors that represents one dense layer."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from rankfold.errors import RankError
+
+Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class Form(Protocol):
+    """A factorized layer: an `nn.Sequential` whose last factor holds the bias."""
+
+    def to_dense(self) -> nn.Module:
+        """The dense layer that this one represents, with copies of its parameters."""
+
+
+def check_ranks(ranks: Sequence[int], limits: Sequence[int], layer: nn.Module) -> None:
+    """Raise RankError unless 1 <= rank <= limit for each pair."""
+    if len(ranks) != len(limits) or not all(
+        1 <= rank <= limit for rank, limit in zip(ranks, limits, strict=False)
+    ):
+        bounds = ", ".join(f"1..{limit}" for limit in limits)
+        raise RankError(f"rank {tuple(ranks)} is outside ({bounds}) of {layer}")
+
+
+def assign_factors(form: nn.Sequential, weights: Sequence[torch.Tensor], layer: Dense) -> None:
+    """Make `weights`, first factor first, and the bias of `layer` the parameters of `form`.
+
+    Device, dtype, `requires_grad` and training mode become those of `layer`; a 1x1 kernel may be
+    given as a matrix. The parameters are copies: `layer` and `form` share no memory.
+    """
+    for factor, weight in zip(cast("Sequence[Any]", form), weights, strict=True):
+        weight = weight.detach().to(layer.weight.device, layer.weight.dtype, copy=True)
+        factor.weight = nn.Parameter(
+            weight.reshape(factor.weight.shape).contiguous(), layer.weight.requires_grad
+        )
+    if layer.bias is not None:
+        cast("Any", form[-1]).bias = nn.Parameter(
+            layer.bias.detach().clone(), layer.bias.requires_grad
+        )
+    form.train(layer.training)
+
+
+def copy_parameters(dense: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Make copies of `weight` and `bias` the parameters of `dense` (built on the meta device)."""
+    cast("Any", dense).weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    if bias is not None:
+        cast("Any", dense).bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)

@@ -1,0 +1,313 @@
+"""What a network costs and how well it does, before and after, side by side."""
+
+import copy
+import gc
+import math
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rankfold.batches import (
+    Data,
+    Forward,
+    batch_size,
+    device_of,
+    first_batches,
+    run,
+    run_or_explain,
+    running,
+    split_batch,
+    tensors_of,
+)
+from rankfold.cost import count_macs, count_parameters
+from rankfold.errors import CalibrationError, RankfoldError
+from rankfold.progress import Progress, silent
+
+Metric = Callable[[nn.Module, Data], float]  # higher is better
+
+_ROUNDS = (7, 200)  # at least and at most, per model
+_SECONDS = 3.0  # of timing per model, within the rounds
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One network, measured."""
+
+    parameters: int
+    macs: int  # of one sample
+    latency_ms: float  # of one batch, median
+    peak_memory_bytes: int  # of weights and activations alive at once in one forward pass
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two networks measured in the same run, on the same inputs."""
+
+    before: Measurement
+    after: Measurement
+    batch_size: int
+    threads: int
+    device: str
+    memory_formats: tuple[str, str]
+    output_error: float  # norm of the outputs' difference over that of the original's outputs
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the second network is."""
+        return self.before.latency_ms / self.after.latency_ms
+
+    def __rich__(self) -> Table:
+        table = Table(
+            title=f"batch {self.batch_size}, {self.threads} threads, {self.device}",
+            caption=f"memory format: {' → '.join(self.memory_formats)}; "
+            f"relative output error {self.output_error:.3g}",
+        )
+        for column in ("", "before", "after", "ratio"):
+            table.add_column(column, justify="left" if not column else "right")
+        before, after = self.before, self.after
+        for label, unit, scale in (
+            ("parameters", "M", 1e6),
+            ("macs", "M", 1e6),
+            ("latency_ms", "ms", 1),
+            ("peak_memory_bytes", "MB", 1e6),
+        ):
+            first, second = getattr(before, label) / scale, getattr(after, label) / scale
+            ratio = f"{first / second:.2f}x less" if second else "-"
+            table.add_row(_ROWS[label], f"{first:.4g} {unit}", f"{second:.4g} {unit}", ratio)
+        if before.metric is not None and after.metric is not None:
+            change = f"{after.metric - before.metric:+.4f}"
+            table.add_row("metric", f"{before.metric:.4f}", f"{after.metric:.4f}", change)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=88)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+_ROWS = {
+    "parameters": "parameters",
+    "macs": "MACs per sample",
+    "latency_ms": "latency per batch",
+    "peak_memory_bytes": "peak memory",
+}
+
+
+def measure(
+    original: nn.Module,
+    model: nn.Module,
+    data: Data,
+    *,
+    metric: Metric | None = None,
+    forward: Forward = run,
+    progress: Progress = silent,
+) -> Comparison:
+    """Measure two networks in eval mode: parameters, MACs, latency, peak memory, metric.
+
+    MACs, latency, memory and output error are those of the first batch of `data`; latencies are
+    medians of alternating runs. `metric(model, data)` is called once on each. Both networks must be
+    on one device; they are measured in the memory format they have. Raises CalibrationError for
+    data that yields nothing, ModelError for a model that does not run, RankfoldError for a metric
+    that is not a finite number.
+    """
+    device = device_of(original)
+    batch = next(first_batches(data, 1, device))
+    models = (original, model)
+    with running(original), running(model), torch.no_grad():
+        outputs = [run_or_explain(forward, network, batch, 0) for network in models]
+        error = output_error(outputs[0], outputs[1])
+        del outputs
+        calls = [_call(forward, network, batch) for network in models]
+        macs = [count_macs(call) for call in calls]
+        memory = [
+            _bytes(network) + peak_activations(call)
+            for network, call in zip(models, calls, strict=True)
+        ]
+        milliseconds = latencies(calls, device, progress)
+    values: list[float | None] = [None, None]
+    if metric is not None:
+        values = [evaluate(metric, network, data) for network in progress(models, "evaluating")]
+    size = batch_size(batch)
+    before, after = (
+        Measurement(count_parameters(network), round(m / size), ms, peak, value)
+        for network, m, ms, peak, value in zip(
+            models, macs, milliseconds, memory, values, strict=True
+        )
+    )
+    formats = memory_format_of(original), memory_format_of(model)
+    return Comparison(before, after, size, torch.get_num_threads(), str(device), formats, error)
+
+
+def evaluate(metric: Metric, model: nn.Module, data: Data) -> float:
+    """The metric of the model in eval mode; raises RankfoldError unless it is a finite number."""
+    with running(model), torch.no_grad():
+        value = float(metric(model, data))
+    if not math.isfinite(value):
+        name = getattr(metric, "__name__", type(metric).__name__)
+        raise RankfoldError(f"the metric {name} gives {value}, not a finite number")
+    return value
+
+
+def accuracy(model: nn.Module, data: Data) -> float:
+    """Top-1 accuracy: the share of samples whose largest output is at the label.
+
+    `data` yields (input, label) batches, outputs (n, classes), labels (n,). Raises CalibrationError
+    for data without labels.
+    """
+    correct = total = 0
+    device = device_of(model)
+    with running(model), torch.no_grad():
+        for batch in first_batches(data, None, device):
+            _, labels = split_batch(batch)
+            if labels is None:
+                raise CalibrationError("accuracy needs (input, label) batches")
+            correct += int((run(model, batch).argmax(1) == labels).sum())
+            total += len(labels)
+    return correct / total
+
+
+def latencies(
+    calls: Sequence[Callable[[], Any]], device: torch.device, progress: Progress = silent
+) -> list[float]:
+    """Median milliseconds of each call, the calls taking turns so that drift hits all alike."""
+    slowest = max(_warm_up(call, device) for call in calls)
+    rounds = min(max(math.ceil(_SECONDS / slowest), _ROUNDS[0]), _ROUNDS[1])
+    times: list[list[float]] = [[] for _ in calls]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in progress(range(rounds), "timing"):
+            order = range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls)))
+            for index in order:
+                times[index].append(_seconds(calls[index], device))
+    finally:
+        if collecting:
+            gc.enable()
+    return [1e3 * statistics.median(series) for series in times]
+
+
+def in_fastest_memory_format(
+    model: nn.Module, batch: Any, forward: Forward = run, progress: Progress = silent
+) -> nn.Module:
+    """The model, or a copy with channels-last convolution weights if that is faster on the batch.
+
+    Both are timed in eval mode, taking turns. A model without 2-D convolutions comes back as it is.
+    """
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return model
+    models = (model, _channels_last(model))
+    with running(models[0]), running(models[1]), torch.no_grad():
+        calls = [_call(forward, network, batch) for network in models]
+        milliseconds = latencies(calls, device_of(model), progress)
+    return models[milliseconds.index(min(milliseconds))]
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    """A copy of the model with its 4-D parameters and buffers in channels-last layout."""
+    # torch declares this overload of `to` without its memory format.
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def memory_format_of(model: nn.Module) -> str:
+    """The format of the convolution weights: channels_last if any is stored so, or contiguous."""
+    last = any(
+        parameter.dim() == 4
+        and parameter.is_contiguous(memory_format=torch.channels_last)
+        and not parameter.is_contiguous()
+        for parameter in model.parameters()
+    )
+    return "channels_last" if last else "contiguous"
+
+
+def peak_activations(call: Callable[[], Any]) -> int:
+    """The most bytes of tensors made by `call()` that are alive at once, on any device.
+
+    Scratch space inside one operator is not seen.
+    """
+    tracker = _LiveBytes()
+    with tracker:
+        result = call()
+    del result
+    return tracker.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operators make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = {tensor.untyped_storage()._cdata for tensor in tensors_of((args, kwargs or {}))}
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tensors_of(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.known and storage._cdata not in given:
+                self.known.add(storage._cdata)
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.alive -= size
+
+
+def output_error(original: Any, model: Any) -> float:
+    """Norm of the difference of two (nested) outputs over that of the first, in float64.
+
+    Raises CalibrationError if they do not have the same tensors.
+    """
+    first, second = list(tensors_of(original)), list(tensors_of(model))
+    if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
+        raise CalibrationError("the two networks give outputs of different shapes")
+    difference = sum(
+        (a.double() - b.double()).square().sum() for a, b in zip(first, second, strict=True)
+    )
+    norm = sum(tensor.double().square().sum() for tensor in first)
+    return float((difference / norm).sqrt()) if norm else float(difference) ** 0.5
+
+
+def _call(forward: Forward, model: nn.Module, batch: Any) -> Callable[[], Any]:
+    return lambda: forward(model, batch)
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _warm_up(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call after two that build kernels and fill caches."""
+    for _ in range(2):
+        call()
+    return max(_seconds(call, device), 1e-9)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

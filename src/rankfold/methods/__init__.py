@@ -1,0 +1,32 @@
+"""Published methods, one file each. `METHODS` is the only place that names them all.
+
+Order matters in one way: a rule that reads ranks off one spectrum (EVBMF, energy, fixed fraction)
+uses the first method that applies to a layer; a budget lets all of them compete.
+"""
+
+from rankfold.methods.method import (
+    WEIGHT_METRIC,
+    Family,
+    Method,
+    Moments,
+    Rank,
+    Spectrum,
+    aligned_ranks,
+)
+from rankfold.methods.svd import LowRank
+from rankfold.methods.tucker2 import Tucker2
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Tucker2, LowRank)}
+
+__all__ = [
+    "METHODS",
+    "WEIGHT_METRIC",
+    "Family",
+    "LowRank",
+    "Method",
+    "Moments",
+    "Rank",
+    "Spectrum",
+    "Tucker2",
+    "aligned_ranks",
+]

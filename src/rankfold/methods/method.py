@@ -1,0 +1,83 @@
+"""What a method is: a recipe that fits a factorized form to one dense layer.
+
+A `Method` is a frozen dataclass whose fields are its settings (JSON primitives). Fitting it to a
+layer gives a `Family`: every approximation of that layer, fitted once, read off at any rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+Rank = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The metric of one layer: second moments that weigh its approximation error.
+
+    `None` stands for the identity, so that `Moments()` is the plain weight metric.
+    """
+
+    inputs: torch.Tensor | None = None  # A = E[x xᵀ], (in, in), float64
+    gradients: torch.Tensor | None = None  # G = E[g gᵀ], (out, out), float64
+
+
+WEIGHT_METRIC = Moments()
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of one unfolding: what one entry of a rank truncates."""
+
+    singular_values: torch.Tensor  # (min(shape),), descending, float64
+    shape: tuple[int, int]
+
+
+class Family(Protocol):
+    """Every approximation of one layer that one method offers."""
+
+    @property
+    def spectra(self) -> Sequence[Spectrum]:
+        """One per entry of the rank; empty where the form has no such spectra."""
+
+    def ranks(self) -> Sequence[Rank]:
+        """The candidates, aligned to what the hardware likes, up to full rank."""
+
+    def loss(self, rank: Rank) -> float:
+        """In the weight metric: the squared error of the weight, relative to its squared norm."""
+
+    def build(self, rank: Rank) -> nn.Sequential:
+        """The factorized layer of any rank within bounds, fitted; raises RankError outside."""
+
+
+class Method(Protocol):
+    """A published method for one layer."""
+
+    name: ClassVar[str]
+    # A dataclass; said here so that the settings can be read from and written to a plan.
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __init__(self, *, alignment: int = 8) -> None: ...
+
+    def why_not(self, layer: nn.Module) -> str | None:
+        """Why the method cannot take this layer ("grouped convolution, groups=4"), or None."""
+
+    def fit(self, layer: Any, moments: Moments) -> Family:
+        """Fit the method to a layer for which `why_not` is None."""
+
+    def skeleton(self, layer: Any, rank: Rank) -> nn.Sequential:
+        """The form at this rank on the meta device: shapes only; raises RankError."""
+
+
+def aligned_ranks(limit: int, alignment: int) -> range | list[int]:
+    """The multiples of `alignment` below `limit`, and `limit` itself."""
+    return [*range(alignment, limit, alignment), limit]
+
+
+def weight_metric_only(method: Method, moments: Moments) -> None:
+    """Raise NotImplementedError for a metric that a method does not take."""
+    if moments != WEIGHT_METRIC:
+        raise NotImplementedError(f"{method.name} is fitted in the weight metric only")

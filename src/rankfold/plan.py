@@ -1,0 +1,150 @@
+"""A plan: for each layer of a network a method and a rank, or the reason to leave it.
+
+Plans are data. They are written to and read from JSON, and one that comes from a file can name
+only methods of `METHODS`, with ranks that `factorize` bounds by the dense layer.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from rankfold.errors import PlanError
+from rankfold.methods import METHODS, Method, Rank
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network, or one layer of it, costs."""
+
+    parameters: int
+    macs: int  # of one sample
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer: a method with its settings and a rank, or a reason."""
+
+    name: str
+    layer: str  # repr of the dense layer; a plan fits only this
+    before: Cost
+    after: Cost
+    method: str | None = None
+    settings: Mapping[str, Any] | None = None
+    rank: Rank | None = None
+    loss: float = 0.0
+    reason: str | None = None
+
+    def make_method(self) -> Method:
+        """The method with its settings; raises PlanError if there is no such method or setting."""
+        try:
+            return METHODS[self.method or ""](**(self.settings or {}))
+        except (KeyError, TypeError) as error:
+            raise PlanError(
+                f"layer '{self.name}': no method '{self.method}' with settings {self.settings}; "
+                f"there are {', '.join(METHODS)}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One entry per layer with weights, and the cost of the whole network before and after."""
+
+    layers: tuple[LayerPlan, ...]
+    before: Cost
+    after: Cost
+    metric: str
+    request: Mapping[str, float | str]  # what was asked for: {"macs": 0.3}
+
+    @property
+    def factorized(self) -> tuple[LayerPlan, ...]:
+        """The entries of the layers that are replaced."""
+        return tuple(layer for layer in self.layers if layer.method is not None)
+
+    @property
+    def loss(self) -> float:
+        """The sum of the predicted losses, in the unit of the metric."""
+        return sum(layer.loss for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON primitives."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @staticmethod
+    def from_json(document: Any) -> "Plan":
+        """The plan of a JSON document; raises PlanError, saying where, for anything else."""
+        version = _take(document, "format_version", int, "plan")
+        if version != FORMAT_VERSION:
+            raise PlanError(f"plan: format version {version}, this rankfold reads {FORMAT_VERSION}")
+        return Plan(
+            layers=tuple(
+                _layer_from_json(layer, f"plan: layer {index}")
+                for index, layer in enumerate(_take(document, "layers", list, "plan"))
+            ),
+            before=_cost_from_json(_take(document, "before", dict, "plan"), "plan: before"),
+            after=_cost_from_json(_take(document, "after", dict, "plan"), "plan: after"),
+            metric=_take(document, "metric", str, "plan"),
+            request=_take(document, "request", dict, "plan"),
+        )
+
+    def save(self, path: str) -> None:
+        """Write the plan to a JSON file."""
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.to_json(), file, indent=1)
+
+    @staticmethod
+    def load(path: str) -> "Plan":
+        """Read a plan from a JSON file; raises PlanError for anything else."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                return Plan.from_json(json.load(file))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"{path}: {error}") from error
+
+
+def _take(document: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    if not isinstance(document, dict) or key not in document:
+        raise PlanError(f"{where}: '{key}' is missing")
+    value = document[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise PlanError(f"{where}: '{key}' is {value!r:.80}, of the wrong type")
+    return value
+
+
+def _cost_from_json(document: Any, where: str) -> Cost:
+    costs = {field.name: _take(document, field.name, int, where) for field in fields(Cost)}
+    if min(costs.values()) < 0:
+        raise PlanError(f"{where}: costs are not negative: {costs}")
+    return Cost(**costs)
+
+
+def _layer_from_json(document: Any, where: str) -> LayerPlan:
+    text = (str, type(None))
+    method = _take(document, "method", text, where)
+    if method is not None and method not in METHODS:
+        raise PlanError(f"{where}: no method '{method:.40}'; there are {', '.join(METHODS)}")
+    rank = _take(document, "rank", (list, type(None)), where)
+    if (rank is None) != (method is None):
+        raise PlanError(f"{where}: a method comes with a rank, and a rank with a method")
+    if rank is not None and not all(type(entry) is int and entry > 0 for entry in rank):
+        raise PlanError(f"{where}: rank {rank!r:.80} is not a list of positive integers")
+    loss = _take(document, "loss", (int, float), where)
+    if not math.isfinite(loss):
+        raise PlanError(f"{where}: loss {loss} is not finite")
+    layer = LayerPlan(
+        name=_take(document, "name", str, where),
+        layer=_take(document, "layer", str, where),
+        before=_cost_from_json(_take(document, "before", dict, where), where),
+        after=_cost_from_json(_take(document, "after", dict, where), where),
+        method=method,
+        settings=_take(document, "settings", (dict, type(None)), where),
+        rank=None if rank is None else tuple(rank),
+        loss=float(loss),
+        reason=_take(document, "reason", text, where),
+    )
+    if method is not None:
+        layer.make_method()
+    return layer

@@ -1,0 +1,35 @@
+"""What a factorized network remembers of its making."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from rankfold.errors import PlanError
+from rankfold.measure import Comparison
+from rankfold.plan import Plan
+from rankfold.recover import Recovery
+
+_ATTRIBUTE = "_rankfold_record"
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a network was made, and how it was found to do."""
+
+    plan: Plan
+    source_sha256: str  # of the weights that were factorized
+    recovery: Recovery | None = None
+    comparison: Comparison | None = None
+
+
+def attach_record(model: nn.Module, record: Record) -> None:
+    """Make a network remember; its copies remember too."""
+    model.__dict__[_ATTRIBUTE] = record
+
+
+def record_of(model: nn.Module) -> Record:
+    """How a network was made; raises PlanError for one that rankfold did not make."""
+    record = model.__dict__.get(_ATTRIBUTE)
+    if not isinstance(record, Record):
+        raise PlanError("this model was not made by rankfold.factorize or rankfold.load")
+    return record
