@@ -11,6 +11,7 @@ or `small = rankfold.compress(model, data, macs=0.3)` for all but the saving.
 """
 
 from rankfold.analysis import Analysis, analyze
+from rankfold.batches import Data
 from rankfold.checkpoint import load, save
 from rankfold.compress import compress
 from rankfold.errors import (
@@ -37,6 +38,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Comparison",
+    "Data",
     "DeviceError",
     "Measurement",
     "ModelError",

@@ -267,6 +267,8 @@ def _fill(
                 raise CheckpointError(
                     f"{source / WEIGHTS}: '{name}' has {what} {theirs}, the network's has {ours}"
                 )
+    for name in strides.keys() - tensors.keys():
+        raise CheckpointError(f"{source / PLAN}: strides of '{name}', which is no tensor")
     with torch.no_grad():
         for name, tensor in tensors.items():
             own = expected[name]

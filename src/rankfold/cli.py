@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from rankfold.analysis import analyze
@@ -327,7 +328,7 @@ def _progress(work: Iterable[T], description: str, total: int | None = None) -> 
 
 def _layer_table(plan: Plan) -> Table:
     table = Table(title=f"plan: {', '.join(f'{k} {v}' for k, v in plan.request.items())}")
-    table.add_column("layer", overflow="fold")
+    table.add_column("layer")
     for column in ("parameters", "MACs", "method", "rank", "loss", "kept"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in plan.layers:
@@ -340,8 +341,6 @@ def _layer_table(plan: Plan) -> Table:
             f"{layer.loss:.4f}" if layer.method else "",
             _kept(layer.before, layer.after) if layer.method else "",
         )
-        if layer.reason:
-            table.add_row(f"  [dim]{layer.reason}[/]")
     table.add_section()
     table.add_row(
         f"{len(plan.factorized)} of {len(plan.layers)} factorized",
@@ -352,7 +351,12 @@ def _layer_table(plan: Plan) -> Table:
         f"{plan.loss:.4f}",
         _kept(plan.before, plan.after),
     )
-    table.caption = "kept: parameters / MACs"
+    reasons: dict[str, list[str]] = {}
+    for layer in plan.layers:
+        if layer.reason:
+            reasons.setdefault(layer.reason, []).append(layer.name)
+    lines = [f"dense: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    table.caption = Text("\n".join(["kept: parameters / MACs", *lines]), justify="left")
     return table
 
 

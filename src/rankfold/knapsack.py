@@ -8,9 +8,9 @@ from scipy.sparse import csr_array
 
 from rankfold.errors import BudgetError, RankfoldError
 
-# Costs are compared in units of the limit; HiGHS takes a row as kept within its own tolerance of
-# 1e-6, so the limit is drawn in by that much and no budget is ever exceeded.
-_FEASIBILITY = 1e-6
+# HiGHS takes a row as kept within 1e-6 of its unit, here the limit. A solution that uses this to
+# exceed the limit is solved for again with the limit drawn in by as much.
+_DRAWN_IN = (0.0, 1e-6)
 
 
 def choose(
@@ -33,24 +33,29 @@ def choose(
     one_each = csr_array(
         (np.ones(len(group)), (group, np.arange(len(group)))), shape=(len(kept), len(group))
     )
-    solution = milp(
-        loss / max(loss.max(), np.finfo(np.float64).tiny),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(cost.T, -np.inf, 1 - _FEASIBILITY),
-        ],
-        integrality=np.ones(len(group)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-9},
-    )
-    if solution.status == 2:
-        raise BudgetError("no choice of candidates meets the budget")
-    if solution.x is None:
-        raise RankfoldError(f"the solver stopped without a plan: {solution.message}")
-    chosen = []
-    for g, indices in enumerate(kept):
-        chosen.append(int(indices[solution.x[group == g].argmax()]))
-    return chosen
+    for drawn_in in _DRAWN_IN:
+        solution = milp(
+            loss / max(loss.max(), np.finfo(np.float64).tiny),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(cost.T, -np.inf, 1 - drawn_in),
+            ],
+            integrality=np.ones(len(group)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 1e-9},
+        )
+        if solution.status == 2:
+            break
+        if solution.x is None:
+            raise RankfoldError(f"the solver stopped without a plan: {solution.message}")
+        chosen = [int(indices[solution.x[group == g].argmax()]) for g, indices in enumerate(kept)]
+        spent = sum(
+            (np.asarray(costs[g][index], dtype=np.float64) for g, index in enumerate(chosen)),
+            np.zeros(len(limit)),
+        )
+        if (spent <= limit).all():
+            return chosen
+    raise BudgetError("no choice of candidates meets the budget")
 
 
 def undominated(loss: np.ndarray, cost: np.ndarray) -> np.ndarray:

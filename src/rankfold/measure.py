@@ -150,11 +150,18 @@ def measure(
 
 
 def evaluate(metric: Metric, model: nn.Module, data: Data) -> float:
-    """The metric of the model in eval mode; raises RankfoldError unless it is a finite number."""
+    """The metric of the model in eval mode; RankfoldError unless it gives a finite number."""
+    name = getattr(metric, "__name__", type(metric).__name__)
     with running(model), torch.no_grad():
-        value = float(metric(model, data))
+        try:
+            value = float(metric(model, data))
+        except RankfoldError:
+            raise
+        except Exception as error:
+            raise RankfoldError(
+                f"the metric {name} failed: {type(error).__name__}: {error}"
+            ) from error
     if not math.isfinite(value):
-        name = getattr(metric, "__name__", type(metric).__name__)
         raise RankfoldError(f"the metric {name} gives {value}, not a finite number")
     return value
 

@@ -98,7 +98,7 @@ class Analysis:
                 raise BudgetError(f"{name}={value} is not a budget: it must be above 0")
             limits[name] = value * (totals[name] if value <= 1 else unit[name])
         choices = choose_within_budget(self.layers, limits, totals)
-        dense = "dense: the budget is better saved elsewhere"
+        dense = "the budget is better saved elsewhere"
         nothing = "no rank is cheaper than the dense layer"
         return [
             (choice, layer.reason or (dense if layer.candidates else nothing))

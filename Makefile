@@ -1,0 +1,39 @@
+# `make demo` and `make test` each make a virtual environment of their own.
+
+PYTHON ?= python3
+INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test examples clean
+
+demo: .venv-demo/installed
+	.venv-demo/bin/rankfold demo --threads 2 --force
+
+test: .venv-test/installed
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/ruff check .
+	.venv-test/bin/mypy
+	.venv-test/bin/pytest
+
+# The pretrained networks: minutes each. EasyOCR's own requirements (torchvision, OpenCV) are left out.
+examples: .venv-examples/installed
+	.venv-examples/bin/python examples/scene_text.py
+	.venv-examples/bin/python examples/text_detector.py
+
+.venv-demo/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python $(INSTALL) -e .
+	touch $@
+
+.venv-test/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-test
+	.venv-test/bin/python $(INSTALL) -e '.[test]'
+	touch $@
+
+.venv-examples/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-examples
+	.venv-examples/bin/python $(INSTALL) -e '.[bench]'
+	.venv-examples/bin/python $(INSTALL) --no-deps easyocr==1.7.2
+	touch $@
+
+clean:
+	rm -rf .venv-demo .venv-test .venv-examples rankfold-demo rankfold-demo.recovery.pt

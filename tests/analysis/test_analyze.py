@@ -1,0 +1,119 @@
+import pytest
+import torch
+from networks import make_data, make_model
+from torch import nn
+
+import rankfold
+from rankfold.cost import count_macs, count_parameters
+from rankfold.errors import BudgetError, RankfoldError, UnsupportedLayerError
+from rankfold.methods import LowRank
+
+
+@pytest.fixture(scope="module")
+def analysis() -> rankfold.Analysis:
+    return rankfold.analyze(make_model(), make_data())
+
+
+@pytest.mark.parametrize(
+    "budget", [{"macs": 0.5}, {"params": 0.4}, {"params": 0.5, "macs": 0.4}, {"macs": 0.9}]
+)
+def test_plan_keeps_its_budget_and_tells_the_true_cost(analysis, budget) -> None:
+    plan = analysis.plan(**budget)
+    small = rankfold.factorize(make_model(), plan)
+    batch = make_data()[0]
+    assert plan.after.parameters == count_parameters(small)
+    assert plan.after.macs == count_macs(lambda: small(batch)) / len(batch)
+    assert plan.after.parameters <= budget.get("params", 1) * plan.before.parameters
+    assert plan.after.macs <= budget.get("macs", 1) * plan.before.macs
+
+
+def test_more_budget_never_means_more_loss(analysis) -> None:
+    losses = [analysis.plan(macs=macs).loss for macs in (0.3, 0.4, 0.6, 0.8, 1)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == 0
+
+
+def test_absolute_budgets_are_counts_of_one_sample(analysis) -> None:
+    macs = analysis.plan(macs=0.5).before.macs
+    assert analysis.plan(macs=macs // 2).after == analysis.plan(macs=0.5).after
+
+
+def test_smallest_budget_offered_can_be_reached(analysis) -> None:
+    for name in ("macs", "params"):
+        with pytest.raises(BudgetError, match="smallest that can be reached") as caught:
+            analysis.plan(**{name: 0.001})
+        smallest = caught.value.smallest[name]
+        analysis.plan(**{name: smallest})
+        with pytest.raises(BudgetError):
+            analysis.plan(**{name: smallest - 0.0002})
+
+
+def test_budgets_that_contradict_each_other_are_named() -> None:
+    # Two convolutions of equal weights: the cheap one in MACs holds the parameters.
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    analysis = rankfold.analyze(model, [torch.randn(1, 32, 8, 8)])
+    with pytest.raises(BudgetError, match="params cannot"):
+        analysis.plan(params=1e-6, macs=1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"macs": 0},
+        {"macs": -0.5},
+        {"energy": 0},
+        {"energy": 1.5},
+        {"fraction": -1},
+        {"macs": 0.5, "evbmf": True},
+        {"energy": 0.9, "fraction": 0.5},
+        {"macs": float("nan")},
+    ],
+)
+def test_senseless_budgets_are_refused(analysis, wrong) -> None:
+    with pytest.raises(BudgetError):
+        analysis.plan(**wrong)
+
+
+def test_rules_keep_layers_dense_beyond_break_even(analysis) -> None:
+    plan = analysis.plan(energy=1.0)
+    assert not plan.factorized
+    assert all("break-even" in e.reason for e in plan.layers if e.name in ("body", "head"))
+    for rule in ({"fraction": 0.25}, {"energy": 0.5}, {"evbmf": True}, {}):
+        plan = analysis.plan(**rule)
+        assert plan.factorized
+        for entry in plan.factorized:
+            assert entry.after.parameters <= entry.before.parameters
+            assert entry.after.macs <= entry.before.macs
+
+
+def test_fraction_rule_takes_that_fraction_of_full_rank(analysis) -> None:
+    ranks = {entry.name: entry.rank for entry in analysis.plan(fraction=0.25).factorized}
+    assert ranks["body"] == (16, 8)  # 12 of 48, rounded up; 8 of 32
+    assert ranks["head"] == (16,)
+
+
+def test_reasons_name_what_cannot_be_factorized(analysis) -> None:
+    reasons = {layer.name: layer.reason for layer in analysis.layers}
+    assert reasons["depthwise"] == "grouped convolution, groups=48"
+    assert reasons["body"] is None
+
+
+def test_only_the_layers_asked_for() -> None:
+    plan = rankfold.analyze(make_model(), make_data(), layers=["head", "bo*"]).plan(fraction=0.2)
+    assert {entry.name for entry in plan.factorized} == {"head", "body"}
+    plan = rankfold.analyze(make_model(), make_data(), methods=[LowRank()]).plan(fraction=0.2)
+    assert {entry.method for entry in plan.factorized} == {"svd"}
+
+
+def test_a_layer_asked_for_by_name_must_be_possible() -> None:
+    with pytest.raises(UnsupportedLayerError, match=r"'depthwise'.*groups=48"):
+        rankfold.analyze(make_model(), make_data(), layers=["depthwise"])
+    with pytest.raises(UnsupportedLayerError, match=r"'nowhere'.*body"):
+        rankfold.analyze(make_model(), make_data(), layers=["nowhere"])
+    with pytest.raises(RankfoldError, match="no metric"):
+        rankfold.analyze(make_model(), make_data(), metric="taste")
+
+
+def test_the_same_network_gives_the_same_plan(analysis) -> None:
+    again = rankfold.analyze(make_model(), make_data())
+    assert again.plan(macs=0.4) == analysis.plan(macs=0.4)

@@ -1,0 +1,111 @@
+import pytest
+import torch
+from networks import make_data, make_model
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from rankfold.analysis.survey import survey
+from rankfold.batches import run
+from rankfold.errors import CalibrationError, ModelError
+
+
+def reasons(model: nn.Module, batch: object) -> dict[str, str | None]:
+    return {s.name: s.reason for s in survey(model, [batch], run, 1).layers}
+
+
+def test_calls_shapes_and_macs_of_the_first_batch() -> None:
+    found = survey(make_model(), make_data(), run, 3)
+    body = next(layer for layer in found.layers if layer.name == "body")
+    assert body.input_shapes == ((8, 32, 8, 8),)
+    assert found.batch_size == 8
+    macs = 64 * 27 * 32 + 16 * 288 * 48 + 16 * 9 * 48 + 768 * 64 + 640
+    assert found.macs == 8 * macs
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = make_model().train()
+    model.norm.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    survey(model, make_data(), run, 2)
+    assert model.training and not model.norm.training
+    assert not any(module._forward_hooks for module in model.modules())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.same = self.first
+        self.unused = nn.Linear(16, 16)
+        self.tied = nn.Linear(16, 16)
+        self.tied.weight = self.unused.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tied(self.same(self.first(x)))
+
+
+def test_shared_modules_are_one_layer_with_two_calls() -> None:
+    found = survey(Twice(), [torch.randn(2, 16)], run, 1)
+    assert [layer.name for layer in found.layers] == ["first", "unused", "tied"]
+    assert len(found.layers[0].input_shapes) == 2
+
+
+def test_layers_to_leave_alone_and_why() -> None:
+    assert reasons(Twice(), torch.randn(2, 16)) == {
+        "first": None,
+        "unused": "its weight is also that of 'tied'",
+        "tied": "its weight is also that of 'unused'",
+    }
+    hooked = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    hooked[0].register_forward_hook(lambda *_: None)
+    parametrizations.weight_norm(hooked[1])
+    found = reasons(hooked, torch.randn(2, 4))
+    assert "hooks" in found["0"] and "parametrized" in found["1"]
+    unused = nn.ModuleDict({"used": nn.Linear(4, 4), "unused": nn.Linear(4, 4)})
+    unused.forward = lambda x: unused["used"](x)
+    assert reasons(unused, torch.randn(2, 4))["unused"] == "the forward pass never calls it"
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_layers_whose_weight_a_parent_reads_directly() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    found = reasons(encoder.eval(), torch.randn(2, 5, 16))
+    assert {name for name in found if "linear" in name} == {"layers.0.linear1", "layers.0.linear2"}
+    assert all("reads its weight directly" in reason for reason in found.values())
+
+
+def test_what_is_not_finite_is_named() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.body.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"body\.weight.*'body'"):
+        survey(model, make_data(), run, 1)
+    data = make_data()
+    data[1] = data[1].clone().fill_(torch.inf)
+    with pytest.raises(CalibrationError, match="batch 1 of the data"):
+        survey(make_model(), data, run, 4)
+
+    class Overflow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fine, self.divide = nn.Linear(4, 4), nn.Softplus(beta=0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.divide(self.fine(x))
+
+    with pytest.raises(CalibrationError, match=r"'divide' \(Softplus\).*batch 0"):
+        survey(Overflow(), [torch.randn(2, 4)], run, 1)
+
+
+def test_a_batch_that_the_model_refuses_is_named() -> None:
+    with pytest.raises(ModelError, match=r"batch 1 \(2x5x8x8\): RuntimeError"):
+        survey(make_model(), [make_data()[0], torch.randn(2, 5, 8, 8)], run, 4)
+
+
+def test_weights_that_are_not_there() -> None:
+    with pytest.raises(ModelError, match="lazily initialised"):
+        survey(nn.Sequential(nn.LazyLinear(4)), [torch.randn(2, 4)], run, 1)
+    with pytest.raises(ModelError, match="meta device"):
+        survey(nn.Sequential(nn.Linear(4, 4, device="meta")), [torch.randn(2, 4)], run, 1)

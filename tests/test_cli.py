@@ -1,0 +1,126 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rankfold.cli import main
+
+DATA = ["--data", "networks:make_data"]
+MODEL = ["networks:make_model", *DATA]
+LABELLED = ["--test", "networks:make_labelled", "--metric", "rankfold:accuracy"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of `rankfold <arguments>`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["rankfold", *arguments])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    return exited.value.code or 0
+
+
+def run_json(monkeypatch, capsys, *arguments: str) -> dict:
+    assert run(monkeypatch, *arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_compress_then_evaluate_tell_the_same(monkeypatch, capsys) -> None:
+    told = run_json(
+        monkeypatch, capsys, "compress", *MODEL, *LABELLED, "--macs", "0.5", "--out", "small"
+    )
+    for side in ("before", "after"):
+        assert {"parameters", "macs", "latency_ms", "metric"} <= told[side].keys()
+    assert told["after"]["macs"] <= 0.5 * told["before"]["macs"]
+    assert told["before"]["metric"] == 1.0
+    again = run_json(monkeypatch, capsys, "evaluate", "small")
+    for key in ("parameters", "macs", "metric"):
+        assert again["after"][key] == told["after"][key]
+        assert again["before"][key] == told["before"][key]
+    assert sorted(path.name for path in Path().iterdir()) == ["small"]
+
+
+def test_inspect_shows_every_layer_with_a_reason(monkeypatch, capsys) -> None:
+    told = run_json(monkeypatch, capsys, "inspect", *MODEL, "--fraction", "0.25")
+    layers = {layer["name"]: layer for layer in told["layers"]}
+    assert layers["body"]["rank"] == [16, 8]
+    assert "grouped" in layers["depthwise"]["reason"]
+    assert told["after"]["macs"] < told["before"]["macs"] and told["after"]["metric"] is None
+    assert run(monkeypatch, "inspect", *MODEL, "--fraction", "0.25") == 0
+    table = capsys.readouterr().out
+    assert "16x8" in table and "grouped convolution, groups=48" in table
+
+
+def test_compress_prints_tables_and_recovers_on_labels(monkeypatch, capsys) -> None:
+    arguments = ["--loss", "torch.nn.functional:cross_entropy", "--epochs", "1", "--threads", "2"]
+    labelled = ["networks:make_model", "--data", "networks:make_labelled"]
+    assert run(monkeypatch, "compress", *labelled, *arguments, "--out", "small") == 0
+    printed = capsys.readouterr().out
+    assert "MACs per sample" in printed and "saved to small" in printed
+
+
+def test_the_same_seed_gives_the_same_files(monkeypatch) -> None:
+    arguments = ["compress", *MODEL, "--macs", "0.5", "--epochs", "1", "--seed", "3"]
+    for out in ("one", "two"):
+        assert run(monkeypatch, *arguments, "--out", out) == 0
+    weights = [Path(out, "model.safetensors").read_bytes() for out in ("one", "two")]
+    # The faster memory format is measured, so only the values are sure to be the same.
+    from safetensors.torch import load
+
+    first, second = map(load, weights)
+    assert all((first[name] == second[name]).all() for name in first) or (
+        json.loads(Path("one/plan.json").read_text())["strides"]
+        != json.loads(Path("two/plan.json").read_text())["strides"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "networks", *DATA], "not of the form package.module:name"),
+        (["inspect", "absent_module:make", *DATA], "importing absent_module failed"),
+        (["inspect", "networks:absent", *DATA], "no 'absent'"),
+        (["inspect", "networks:fail", *DATA], "'networks:fail' failed: OSError: no weights here"),
+        (["inspect", "networks:not_a_model", *DATA], "gives a int, not an nn.Module"),
+        (["inspect", "networks:make_model", "--data", "networks:make_nothing"], "no batch"),
+        (["inspect", "networks:make_model", "--data", "networks:make_nan"], "NaN"),
+        (["inspect", "networks:make_model", "--data", "networks:fail"], "failed: OSError"),
+        (["inspect", "networks:make_model", "--data", "networks:make_wrong_shape"], "2x5x8x8"),
+        (["inspect", *MODEL, "--macs", "0.0001"], "the smallest that can be reached is"),
+        (["inspect", *MODEL, "--metric", "networks:make_data"], "TypeError"),
+        (["inspect", *MODEL, "--layers", "depthwise"], "'depthwise' cannot be factorized"),
+        (["inspect", *MODEL, "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["inspect", *MODEL, "--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["compress", *MODEL, "--out", "taken"], "taken exists"),
+        (["compress", *MODEL, "--out", "foreign", "--force"], "no saved model"),
+        (["compress", *MODEL, "--out", "file/below"], "cannot be written"),
+        (["compress", *MODEL, "--out", "x", "--macs", "0.5", "--evbmf"], "ask for one thing"),
+        (["evaluate", "absent"], "not a directory"),
+        (["evaluate", "foreign"], "no plan.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(monkeypatch, capsys, arguments, message) -> None:
+    Path("taken").mkdir()
+    Path("taken/plan.json").write_text("{}")
+    Path("foreign").mkdir()
+    Path("foreign/photo.jpg").write_text("dear")
+    Path("file").write_text("")
+    before = sorted(str(path) for path in Path().rglob("*"))
+    assert run(monkeypatch, *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert sorted(str(path) for path in Path().rglob("*")) == before
+
+
+def test_the_program_is_installed() -> None:
+    program = Path(sys.executable).with_name("rankfold")
+    done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
+    for command in ("demo", "inspect", "compress", "evaluate"):
+        assert command in done.stdout
