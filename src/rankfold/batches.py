@@ -10,6 +10,7 @@ mapping a set of keyword arguments. A model that wants something else is run by 
 function of the user's, `forward(model, batch) -> output`, which replaces the rule for inputs.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -89,12 +90,8 @@ def batch_size(batch: Any) -> int:
     return 1
 
 
-def first_batches(data: Data, count: int | None, device: torch.device) -> Iterator[Any]:
-    """The first `count` batches (None: all) on the device.
-
-    Raises CalibrationError if there are none, if `data` can be read only once, or if reading it
-    fails.
-    """
+def check_data(data: Any) -> None:
+    """Raise CalibrationError unless `data` yields batches and can be read again and again."""
     if isinstance(data, Iterator):
         raise CalibrationError(
             "the data can be read only once: pass a DataLoader or a list of batches, "
@@ -105,9 +102,18 @@ def first_batches(data: Data, count: int | None, device: torch.device) -> Iterat
             f"data is something that yields batches (a DataLoader, a list of batches), "
             f"not a {type(data).__name__}"
         )
+
+
+def first_batches(data: Data, count: int | None, device: torch.device) -> Iterator[Any]:
+    """The first `count` batches (None: all) on the device.
+
+    Raises CalibrationError if there are none, if `data` can be read only once, or if reading it
+    fails.
+    """
+    check_data(data)
     empty = True
     batches = iter(data)
-    for index in range(count) if count is not None else iter(int, 1):
+    for index in itertools.count() if count is None else range(count):
         try:
             batch = next(batches)
         except StopIteration:

@@ -10,7 +10,7 @@ from torch import nn
 from rankfold.analysis import analyze
 from rankfold.batches import Data, Forward, device_of, first_batches, run
 from rankfold.factorize import factorize
-from rankfold.measure import Metric, in_fastest_memory_format, measure
+from rankfold.measure import Metric, evaluate, in_fastest_memory_format, measure
 from rankfold.methods import Method
 from rankfold.progress import Progress, silent
 from rankfold.record import attach_record, record_of
@@ -50,7 +50,10 @@ def compress(
     original, itself in its faster format, on `test` (by default `data`): what
     `record_of(model).comparison` holds. The original is left as it is.
     """
-    batch = next(first_batches(test if test is not None else data, 1, device_of(model)))
+    judged = test if test is not None else data
+    batch = next(first_batches(judged, 1, device_of(model)))
+    if metric is not None:
+        evaluate(metric, model, [batch])  # what cannot be judged is better known before the work
     analysis = analyze(
         model,
         data,
@@ -84,7 +87,7 @@ def compress(
     comparison = measure(
         in_fastest_memory_format(model, batch, forward, progress),
         small,
-        test if test is not None else data,
+        judged,
         metric=metric,
         forward=forward,
         progress=progress,

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rankfold.batches import (
     Data,
     Forward,
+    check_data,
     device_of,
     first_batches,
     run,
@@ -43,8 +44,8 @@ class Epoch:
     """One pass over the data. Epoch 0 is before the first."""
 
     index: int
-    loss: float  # mean over training batches; NaN for epoch 0
-    score: float  # on the validation data, higher is better
+    loss: float | None  # mean over training batches; None for epoch 0
+    score: float | None  # on the validation data, higher is better; None without such data
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,14 @@ def recover(
     if schedule not in _SCHEDULES:
         raise RankfoldError(f"no schedule '{schedule}'; there are {', '.join(_SCHEDULES)}")
     start = time.perf_counter()
+    check_data(data)
     if validation is None:
         data, validation = _hold_out(data)
     objective = _Objective(teacher, loss_fn, forward)
 
-    def score() -> float:
+    def score() -> float | None:
         if validation is None:
-            return math.nan
+            return None
         if metric is not None:
             return evaluate(metric, model, validation)
         return -objective.mean(model, validation)
@@ -119,7 +121,7 @@ def recover(
     )
     state = _State(model, score())
     reestimate_batch_norm(model, data, forward=forward)
-    state.add(Epoch(0, math.nan, score()), model)
+    state.add(Epoch(0, None, score()), model)
     if path is not None and path.exists():
         _resume(path, run_name, state, trainer)
     ended = "all epochs done"
@@ -306,16 +308,17 @@ def _shuffled(data: Data) -> Iterator[tuple[int, Any, bool]]:
 class _State:
     """The history of a run, and the best weights met in it."""
 
-    def __init__(self, model: nn.Module, score: float) -> None:
+    def __init__(self, model: nn.Module, score: float | None) -> None:
         self.history: list[Epoch] = []
         self.best = 0
-        self.best_score = score
+        self.best_score = -math.inf if score is None else score
         self.weights = copy.deepcopy(model.state_dict())
 
     def add(self, epoch: Epoch, model: nn.Module) -> None:
         self.history.append(epoch)
-        if math.isnan(epoch.score) or epoch.score > self.best_score:
-            self.best, self.best_score = epoch.index, epoch.score
+        if epoch.score is None or epoch.score > self.best_score:
+            self.best = epoch.index
+            self.best_score = self.best_score if epoch.score is None else epoch.score
             self.weights = copy.deepcopy(model.state_dict())
 
     @property

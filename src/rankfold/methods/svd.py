@@ -32,7 +32,7 @@ class LowRank:
 
     def why_not(self, layer: nn.Module) -> str | None:
         if type(layer) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            return f"svd does not take {type(layer).__name__}"
+            return f"no factorization for {type(layer).__name__} layers"
         groups = getattr(layer, "groups", 1)
         return None if groups == 1 else f"grouped convolution, groups={groups}"
 

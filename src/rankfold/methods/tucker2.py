@@ -33,7 +33,7 @@ class Tucker2:
 
     def why_not(self, layer: nn.Module) -> str | None:
         if not isinstance(layer, CONVOLUTIONS) or type(layer) not in CONVOLUTIONS:
-            return f"tucker2 does not take {type(layer).__name__}"
+            return f"no factorization for {type(layer).__name__} layers"
         if layer.groups != 1:
             return f"grouped convolution, groups={layer.groups}"
         if layer.weight[0, 0].numel() == 1:
@@ -75,15 +75,16 @@ class Tucker2Family:
         return list(product(*(aligned_ranks(limit, self.alignment) for limit in self.hosvd.ranks)))
 
     @cached_property
-    def _kept(self) -> torch.Tensor:
-        """Share of the energy in each leading block of the core: (out, in), 1 in the corner."""
+    def _lost(self) -> torch.Tensor:
+        """Share of the energy outside each leading block of the core: (out, in), ending in 0."""
         energy = self.hosvd.core.double().square().flatten(2).sum(2)
         kept = energy.cumsum(0).cumsum(1)
-        return (kept / kept[-1, -1].clamp_min(torch.finfo(torch.float64).tiny)).cpu()
+        lost = (kept[-1, -1] - kept).clamp_min(0)
+        return (lost / kept[-1, -1].clamp_min(torch.finfo(torch.float64).tiny)).cpu()
 
     def loss(self, rank: Rank) -> float:
         """That of the truncated HOSVD: an upper bound, since `build` goes on to refine it."""
-        return max(0.0, 1.0 - self._kept[rank[0] - 1, rank[1] - 1].item())
+        return self._lost[rank[0] - 1, rank[1] - 1].item()
 
     def build(self, rank: Rank) -> nn.Sequential:
         form = TuckerConvolution(self.layer, rank, device="meta")

@@ -1,0 +1,115 @@
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+from rankfold.batches import (
+    batch_size,
+    device_of,
+    first_batches,
+    run,
+    run_or_explain,
+    running,
+    split_batch,
+    tensors_of,
+    to_device,
+)
+from rankfold.errors import CalibrationError, ModelError
+
+CPU = torch.device("cpu")
+x, y = torch.ones(3, 2), torch.zeros(3)
+
+
+class Adds(nn.Module):
+    def forward(self, first: torch.Tensor, second: torch.Tensor | float = 1.0) -> torch.Tensor:
+        return first + second
+
+
+@pytest.mark.parametrize(
+    ("batch", "label", "output"),
+    [
+        (x, None, x + 1),
+        ((x,), None, x + 1),
+        ([x, y], y, x + 1),
+        (((x, x), y), y, x + x),
+        ({"first": x, "second": x}, None, x + x),
+        ({"first": x, "labels": y}, y, x + 1),
+        (({"first": x, "second": x}, y), y, x + x),
+    ],
+)
+def test_what_is_input_and_what_is_label(batch, label, output) -> None:
+    assert split_batch(batch)[1] is label
+    assert torch.equal(run(Adds(), batch), output)
+    assert batch_size(batch) == 3
+
+
+@pytest.mark.parametrize("batch", [(x, x, y), [], "text", 3, None])
+def test_other_batches_are_refused(batch) -> None:
+    with pytest.raises(CalibrationError, match="pass forward="):
+        split_batch(batch)
+
+
+def test_nests_are_moved_and_keep_their_kind() -> None:
+    Pair = namedtuple("Pair", "left right")
+    batch = {"a": [x, (y, 3)], "b": Pair(x, None), "c": OrderedDict(d=y)}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["a"][0].is_meta and moved["a"][1][0].is_meta and moved["a"][1][1] == 3
+    assert isinstance(moved["b"], Pair) and moved["b"].left.is_meta and moved["b"].right is None
+    assert isinstance(moved["c"], OrderedDict) and moved["c"]["d"].is_meta
+
+
+def test_tensors_of_a_nest_are_its_floating_point_ones() -> None:
+    found = list(tensors_of({"a": [x, (y, torch.ones(2, dtype=torch.int64))], "b": "text"}))
+    assert len(found) == 2 and found[0] is x and found[1] is y
+
+
+def test_first_batches() -> None:
+    assert len(list(first_batches([x, x, x], 2, CPU))) == 2
+    assert len(list(first_batches([x, x, x], None, CPU))) == 3
+    assert len(list(first_batches([x], 5, CPU))) == 1
+
+
+def reads_badly():
+    class Data:
+        def __iter__(self):
+            yield x
+            raise OSError("disk on fire")
+
+    return Data()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "no batch"),
+        (iter([x]), "only once.*list_iterator"),
+        ((b for b in [x]), "only once.*generator"),
+        (x, "not a Tensor"),
+        ({"first": x}, "not a dict"),
+        (7, "not a int"),
+        (reads_badly(), "batch 1 failed.*disk on fire"),
+    ],
+)
+def test_bad_data_is_named(data, message) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        list(first_batches(data, None, CPU))
+
+
+def test_running_puts_every_mode_back_even_after_an_error() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)).train()
+    model[1].eval()
+    with pytest.raises(ZeroDivisionError), running(model):
+        assert not model.training and not model[0].training
+        raise ZeroDivisionError
+    assert model.training and model[0].training and not model[1].training
+
+
+def test_errors_of_the_model_name_the_batch() -> None:
+    with pytest.raises(ModelError, match=r"batch 4 \(3x2\): RuntimeError"):
+        run_or_explain(run, nn.Linear(5, 5), x, 4)
+
+
+def test_device_of() -> None:
+    assert device_of(nn.Linear(2, 2, device="meta")).type == "meta"
+    assert device_of(nn.ReLU()) == CPU

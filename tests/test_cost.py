@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch import nn
+
+from rankfold.cost import count_layer_macs, count_macs, count_parameters
+
+
+def test_shared_parameters_count_once() -> None:
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    assert count_parameters(nn.Sequential(first, second, first)) == 16
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (nn.Linear(7, 5), (3, 7), 3 * 35),
+        (nn.Linear(7, 5, bias=False), (2, 3, 7), 6 * 35),
+        (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 5), 2 * 25 * 9 * 24),
+        (nn.Conv2d(4, 6, (3, 1), stride=(2, 1)), (1, 4, 7, 5), 3 * 5 * 3 * 24),
+        (nn.Conv2d(4, 4, 3, padding=1, groups=4), (1, 4, 5, 5), 25 * 9 * 4),
+        (nn.Conv1d(4, 6, 3, dilation=2), (1, 4, 9), 5 * 3 * 24),
+        (nn.LSTM(6, 8), (5, 3, 6), 15 * 32 * 14),
+        (nn.LSTM(6, 8, num_layers=2, bidirectional=True), (5, 3, 6), 15 * 64 * (14 + 24)),
+        (nn.GRU(6, 8), (5, 3, 6), 15 * 24 * 14),
+    ],
+    ids=str,
+)
+def test_macs_are_those_of_the_closed_formulas(layer, shape, macs) -> None:
+    assert count_macs(lambda: layer(torch.randn(shape))) == macs
+    assert count_layer_macs(layer.to("meta"), [shape]) == macs
+
+
+def test_attention_is_counted_on_its_fast_path_too() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    batch, length = 3, 5
+    linear = batch * length * (16 * 48 + 16 * 16 + 2 * 16 * 32)
+    attention = 2 * batch * length * length * 16
+    assert count_macs(lambda: layer(torch.randn(batch, length, 16))) == linear + attention
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_calls_add_up() -> None:
+    layer = nn.Linear(4, 4, device="meta")
+    assert count_layer_macs(layer, [(1, 4), (2, 3, 4)]) == 7 * 16
+    assert count_layer_macs(layer, []) == 0

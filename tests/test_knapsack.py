@@ -1,0 +1,91 @@
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankfold.errors import BudgetError
+from rankfold.knapsack import choose, undominated
+
+candidate = st.tuples(st.floats(0, 1), st.integers(1, 50), st.integers(1, 50))
+groups = st.lists(st.lists(candidate, min_size=1, max_size=6), min_size=1, max_size=5)
+
+
+def arrays(drawn, budgets: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    losses = [np.array([c[0] for c in group]) for group in drawn]
+    costs = [np.array([c[1 : 1 + budgets] for c in group], dtype=float) for group in drawn]
+    return losses, costs
+
+
+@given(groups, st.integers(1, 2), st.floats(0, 1))
+def test_choice_is_optimal_and_within_the_budgets(drawn, budgets, tightness) -> None:
+    losses, costs = arrays(drawn, budgets)
+    least, most = (sum(f(c, axis=0) for c in costs) for f in (np.min, np.max))
+    limits = np.round(least + tightness * (most - least))
+    best = np.inf
+    for picks in product(*(range(len(group)) for group in drawn)):
+        spent = sum(cost[pick] for cost, pick in zip(costs, picks, strict=True))
+        if (spent <= limits).all():
+            best = min(best, sum(loss[p] for loss, p in zip(losses, picks, strict=True)))
+    if best == np.inf:
+        with pytest.raises(BudgetError):
+            choose(losses, costs, limits)
+        return
+    chosen = choose(losses, costs, limits)
+    assert (sum(cost[pick] for cost, pick in zip(costs, chosen, strict=True)) <= limits).all()
+    found = sum(loss[pick] for loss, pick in zip(losses, chosen, strict=True))
+    assert found == pytest.approx(best, abs=1e-6)
+    assert choose(losses, costs, limits) == chosen
+
+
+@given(st.lists(candidate, min_size=1, max_size=30), st.integers(1, 2))
+def test_undominated_candidates_are_the_pareto_set(drawn, budgets) -> None:
+    (loss,), (cost,) = arrays([drawn], budgets)
+    points = np.column_stack([loss, cost])
+    expected = {
+        tuple(point)
+        for point in points
+        if not ((points <= point).all(axis=1) & (points < point).any(axis=1)).any()
+    }
+    kept = undominated(loss, cost)
+    assert len(kept) == len(expected)  # of equals, one
+    assert {tuple(points[index]) for index in kept} == expected
+
+
+def test_a_budget_of_exactly_everything_is_enough() -> None:
+    losses = [np.array([0.0, 0.5]), np.array([0.0, 0.7])]
+    costs = [np.array([[123456789.0], [1.0]]), np.array([[987654321.0], [1.0]])]
+    assert choose(losses, costs, [123456789 + 987654321]) == [0, 0]
+    assert choose(losses, costs, [123456789 + 987654320]) == [1, 0]
+
+
+def test_nothing_to_choose() -> None:
+    assert choose([], [], [5.0]) == []
+
+
+def test_impossible_budget() -> None:
+    with pytest.raises(BudgetError):
+        choose([np.array([0.0])], [np.array([[10.0]])], [9.0])
+
+
+def test_a_network_of_many_layers_is_planned_to_the_optimum_of_its_relaxation() -> None:
+    """Fifty layers of four hundred candidates: the optimum lies within a whisker of the bound."""
+    rng = np.random.default_rng(0)
+    ranks = np.arange(1, 401)
+    decays = rng.uniform(0.002, 0.05, 50)
+    losses = [np.exp(-decay * ranks) for decay in decays]
+    costs = [(ranks * rng.integers(100, 1000)).astype(float)[:, None] for _ in decays]
+    limit = 0.3 * sum(cost[-1, 0] for cost in costs)
+    chosen = choose(losses, costs, [limit])
+    spent = sum(cost[pick, 0] for cost, pick in zip(costs, chosen, strict=True))
+    found = sum(loss[pick] for loss, pick in zip(losses, chosen, strict=True))
+    assert spent <= limit
+
+    # Lagrange: for any price the sum of cheapest candidates bounds the optimum from below.
+    def bound(price: float) -> float:
+        pairs = zip(losses, costs, strict=True)
+        return sum((loss + price * cost[:, 0]).min() for loss, cost in pairs) - price * limit
+
+    best_bound = max(bound(price) for price in np.geomspace(1e-9, 1e-3, 2000))
+    assert best_bound <= found <= best_bound * 1.001
