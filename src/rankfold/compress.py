@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from torch import nn
 
@@ -14,7 +13,7 @@ from rankfold.measure import Metric, evaluate, in_fastest_memory_format, measure
 from rankfold.methods import Method
 from rankfold.progress import Progress, silent
 from rankfold.record import attach_record, record_of
-from rankfold.recover import LossFunction, recover
+from rankfold.recover import LossFunction, Schedule, recover
 
 
 def compress(
@@ -32,7 +31,7 @@ def compress(
     forward: Forward = run,
     epochs: int = 5,
     learning_rate: float = 3e-4,
-    schedule: Literal["cosine", "step"] = "cosine",
+    schedule: Schedule = "cosine",
     loss_fn: LossFunction | None = None,
     validation: Data | None = None,
     checkpoint: str | os.PathLike[str] | None = None,

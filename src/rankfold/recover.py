@@ -33,6 +33,7 @@ from rankfold.fingerprint import weights_sha256
 from rankfold.measure import Metric, evaluate
 from rankfold.progress import Progress, silent
 
+Schedule = Literal["cosine", "step"]
 LossFunction = Callable[[Any, Any], torch.Tensor]  # (output, label) -> scalar
 
 _CACHE_BYTES = 1 << 30  # of the teacher's outputs, kept over epochs when the data is a sequence
@@ -69,7 +70,7 @@ def recover(
     forward: Forward = run,
     epochs: int = 5,
     learning_rate: float = 3e-4,
-    schedule: Literal["cosine", "step"] = "cosine",
+    schedule: Schedule = "cosine",
     patience: int = 3,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -110,7 +111,7 @@ def recover(
             return None
         if metric is not None:
             return evaluate(metric, model, validation)
-        return -objective.mean(model, validation)
+        return -objective.mean(model, validation, progress)
 
     path = None if checkpoint is None else Path(checkpoint)
     steps = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
@@ -120,7 +121,7 @@ def recover(
         model, objective, learning_rate, partial(_SCHEDULES[schedule], epochs * steps)
     )
     state = _State(model, score())
-    reestimate_batch_norm(model, data, forward=forward)
+    reestimate_batch_norm(model, data, forward=forward, progress=progress)
     state.add(Epoch(0, None, score()), model)
     if path is not None and path.exists():
         _resume(path, run_name, state, trainer)
@@ -152,7 +153,9 @@ def distance(output: Any, target: Any) -> torch.Tensor:
     return torch.stack(terms).mean()
 
 
-def reestimate_batch_norm(model: nn.Module, data: Data, *, forward: Forward = run) -> None:
+def reestimate_batch_norm(
+    model: nn.Module, data: Data, *, forward: Forward = run, progress: Progress = silent
+) -> None:
     """Replace running means and variances by those of the first 100 batches, in place.
 
     Factorization shifts what the batch norms after it see. Everything else runs in eval mode; a
@@ -168,7 +171,7 @@ def reestimate_batch_norm(model: nn.Module, data: Data, *, forward: Forward = ru
             norm.momentum = None  # a plain average over batches
             norm.train()
         found = first_batches(data, _BATCH_NORM_BATCHES, device_of(model))
-        for index, batch in enumerate(found):
+        for index, batch in enumerate(progress(found, "re-estimating batch norm")):
             run_or_explain(forward, model, batch, index)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -233,11 +236,12 @@ class _Objective:
             self.cache[id(batch)] = (batch, target)
         return target
 
-    def mean(self, model: nn.Module, data: Data) -> float:
+    def mean(self, model: nn.Module, data: Data, progress: Progress) -> float:
         """The mean loss over the data, in eval mode."""
         kept = isinstance(data, list | tuple)
         with running(model), torch.no_grad():
-            losses = [self(model, b, i, kept).item() for i, b in enumerate(data)]
+            batches = enumerate(progress(data, "validating"))
+            losses = [self(model, batch, index, kept).item() for index, batch in batches]
         if not losses:
             raise CalibrationError("the validation data yields no batch")
         return sum(losses) / len(losses)
