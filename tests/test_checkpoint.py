@@ -105,6 +105,10 @@ def test_shared_weights_and_layers_stay_shared(tmp_path: Path) -> None:
     tokens = torch.arange(6).reshape(2, 3)
     small = factorized(Tied().eval(), tokens)
     rankfold.save(small, tmp_path / "small")
+    assert set(load_file(tmp_path / "small/model.safetensors")) == {
+        "embedding.weight",
+        *(f"hidden.{factor}" for factor in ("0.weight", "1.weight", "1.bias")),
+    }
     loaded = rankfold.load(tmp_path / "small", Tied)
     assert loaded.output.weight is loaded.embedding.weight and loaded.again is loaded.hidden
     with torch.no_grad():

@@ -86,6 +86,13 @@ def test_rules_keep_layers_dense_beyond_break_even(analysis) -> None:
             assert entry.after.macs <= entry.before.macs
 
 
+def test_a_rank_that_costs_exactly_as_much_is_beyond_break_even() -> None:
+    analysis = rankfold.analyze(nn.Linear(16, 16), [torch.randn(2, 16)])
+    assert 8 * (16 + 16) == 16 * 16 and not analysis.layers[0].candidates
+    analysis = rankfold.analyze(nn.Linear(24, 24), [torch.randn(2, 24)])
+    assert [candidate.rank for candidate in analysis.layers[0].candidates] == [(8,)]
+
+
 def test_fraction_rule_takes_that_fraction_of_full_rank(analysis) -> None:
     ranks = {entry.name: entry.rank for entry in analysis.plan(fraction=0.25).factorized}
     assert ranks["body"] == (16, 8)  # 12 of 48, rounded up; 8 of 32

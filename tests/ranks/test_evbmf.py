@@ -49,6 +49,20 @@ def test_noise_variance_is_the_global_minimum_of_the_free_energy(seed, noise) ->
     assert found <= brute_force + 1e-6 * abs(brute_force)
 
 
+@given(st.floats(0.05, 1), st.floats(1.01, 50))
+def test_free_energy_of_signal_is_that_of_the_paper(ratio, factor) -> None:
+    """Parametrised by tau, of which x = (1 + tau)(1 + ratio / tau) is the closed form."""
+    tau = 2.5129 * ratio**0.5 * factor
+    x = (1 + tau) * (1 + ratio / tau)
+    expected = x - np.log(x) + np.log(tau + 1) + ratio * np.log(tau / ratio + 1) - tau
+    found = _free_energy(np.array([x]), ratio, _detection_threshold(ratio))
+    assert found == pytest.approx(expected, rel=1e-6)
+    noise = np.array([0.5 * (1 + ratio)])
+    assert _free_energy(noise, ratio, _detection_threshold(ratio)) == pytest.approx(
+        (noise - np.log(noise)).item()
+    )
+
+
 def test_estimated_noise_is_the_noise() -> None:
     squared = torch.linalg.svdvals(noisy(200, 300, 10, 0.3, 0)).square().numpy()
     assert _noise_variance(squared, 200, 300) == pytest.approx(0.09, rel=0.05)
