@@ -1,4 +1,5 @@
 from collections import OrderedDict, namedtuple
+from dataclasses import make_dataclass
 
 import pytest
 import torch
@@ -60,8 +61,10 @@ def test_nests_are_moved_and_keep_their_kind() -> None:
 
 
 def test_tensors_of_a_nest_are_its_floating_point_ones() -> None:
-    found = list(tensors_of({"a": [x, (y, torch.ones(2, dtype=torch.int64))], "b": "text"}))
-    assert len(found) == 2 and found[0] is x and found[1] is y
+    Output = make_dataclass("Output", ["hidden", "name"])
+    nest = {"a": [x, (y, torch.ones(2, dtype=torch.int64))], "b": "text", "c": Output(x, "c")}
+    found = list(tensors_of(nest))
+    assert len(found) == 3 and found[0] is x and found[1] is y and found[2] is x
 
 
 def test_first_batches() -> None:

@@ -90,8 +90,10 @@ def test_output_error_of_nested_outputs() -> None:
     first = {"a": torch.tensor([3.0, 4.0]), "b": [torch.zeros(2), torch.tensor(7)]}
     second = {"a": torch.tensor([3.0, 4.0]), "b": [torch.tensor([0.0, 1.0]), torch.tensor(8)]}
     assert output_error(first, second) == pytest.approx(0.2)
-    with pytest.raises(CalibrationError, match="different shapes"):
+    with pytest.raises(ModelError, match="different shapes"):
         output_error(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ModelError, match="a list, holds no tensor"):
+        output_error([3], [3])
 
 
 def test_a_metric_must_be_a_finite_number() -> None:

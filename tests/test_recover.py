@@ -8,7 +8,7 @@ from torch import nn
 
 import rankfold
 import rankfold.errors
-from rankfold.errors import CalibrationError, CheckpointError, RankfoldError
+from rankfold.errors import CalibrationError, CheckpointError, ModelError, RankfoldError
 from rankfold.measure import output_error
 from rankfold.recover import _SCHEDULES, distance, recover, reestimate_batch_norm
 
@@ -173,6 +173,12 @@ def test_schedules() -> None:
     assert max(rates) == 1 and rates[0] == 0.2 and rates[-1] < 0.001
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert [step(100, s) for s in (0, 49, 50, 75)] == pytest.approx([1, 1, 0.1, 0.01])
+
+
+def test_outputs_that_cannot_be_compared_are_refused() -> None:
+    for output, target in ((torch.zeros(2), torch.zeros(3)), ([], []), ("text", "text")):
+        with pytest.raises(ModelError, match="same shapes"):
+            distance(output, target)
 
 
 def test_distance_is_relative_to_the_targets_variance() -> None:

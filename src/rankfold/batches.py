@@ -10,6 +10,7 @@ mapping a set of keyword arguments. A model that wants something else is run by 
 function of the user's, `forward(model, batch) -> output`, which replaces the rule for inputs.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Every floating-point tensor in a nest of tuples, lists and mappings, in order."""
+    """Every floating-point tensor in nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point():
             yield value
@@ -76,6 +77,9 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from tensors_of(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, field.name))
 
 
 def batch_size(batch: Any) -> int:

@@ -29,7 +29,7 @@ from rankfold.batches import (
     tensors_of,
 )
 from rankfold.cost import count_macs, count_parameters
-from rankfold.errors import CalibrationError, RankfoldError
+from rankfold.errors import CalibrationError, ModelError, RankfoldError
 from rankfold.progress import Progress, silent
 
 Metric = Callable[[nn.Module, Data], float]  # higher is better
@@ -279,11 +279,13 @@ class _LiveBytes(TorchDispatchMode):
 def output_error(original: Any, model: Any) -> float:
     """Norm of the difference of two (nested) outputs over that of the first, in float64.
 
-    Raises CalibrationError if they do not have the same tensors.
+    Raises ModelError if they do not have the same tensors, or none.
     """
     first, second = list(tensors_of(original)), list(tensors_of(model))
+    if not first:
+        raise ModelError(f"the output, a {type(original).__name__}, holds no tensor to compare")
     if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
-        raise CalibrationError("the two networks give outputs of different shapes")
+        raise ModelError("the two networks give outputs of different shapes")
     difference = sum(
         (a.double() - b.double()).square().sum() for a, b in zip(first, second, strict=True)
     )

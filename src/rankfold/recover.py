@@ -28,7 +28,7 @@ from rankfold.batches import (
     tensors_of,
     to_device,
 )
-from rankfold.errors import CalibrationError, CheckpointError, RankfoldError
+from rankfold.errors import CalibrationError, CheckpointError, ModelError, RankfoldError
 from rankfold.fingerprint import weights_sha256
 from rankfold.measure import Metric, evaluate
 from rankfold.progress import Progress, silent
@@ -144,11 +144,15 @@ def recover(
 def distance(output: Any, target: Any) -> torch.Tensor:
     """Mean squared difference of two (nested) outputs over the variance of the target; a scalar.
 
-    Each tensor of the output counts alike, whatever its unit. Differentiable in `output`.
+    Each tensor of the output counts alike, whatever its unit. Differentiable in `output`. Raises
+    ModelError if the two do not hold tensors of the same shapes, or none.
     """
+    ours, theirs = list(tensors_of(output)), list(tensors_of(target))
+    if not ours or [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
+        raise ModelError("the outputs of model and teacher are not tensors of the same shapes")
     terms = [
-        (ours - theirs).square().mean() / (theirs.var(correction=0) + 1e-12)
-        for ours, theirs in zip(tensors_of(output), tensors_of(target), strict=True)
+        (a - b).square().mean() / (b.var(correction=0) + 1e-12)
+        for a, b in zip(ours, theirs, strict=True)
     ]
     return torch.stack(terms).mean()
 
