@@ -76,6 +76,40 @@ def test_layers_whose_weight_a_parent_reads_directly() -> None:
     assert all("reads its weight directly" in reason for reason in found.values())
 
 
+def test_layers_whose_weight_the_model_reads_past_their_forward() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.uses, self.asks, self.calls = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.uses(x) + x @ self.uses.weight.T
+            return self.calls(self.asks(x.to(self.asks.weight.dtype)))
+
+    found = reasons(Reads(), torch.randn(2, 4))
+    assert found["uses"] == found["asks"] == "the model reads its weight directly"
+    assert found["calls"] is None
+
+
+def test_weights_of_unusual_kinds_are_left_alone() -> None:
+    complex_layer = nn.Linear(4, 4, dtype=torch.complex64)
+    found = reasons(nn.Sequential(complex_layer), torch.randn(2, 4, dtype=torch.complex64))
+    assert found["0"] == "its weight is complex64"
+
+
+def test_models_and_batches_that_have_nothing_to_look_at() -> None:
+    with pytest.raises(ModelError, match="no layer with a weight"):
+        survey(nn.ReLU(), [torch.randn(2, 4)], run, 1)
+    with pytest.raises(CalibrationError, match="no sample"):
+        survey(nn.Linear(4, 4), [torch.randn(0, 4)], run, 1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torchscript_is_refused() -> None:
+    with pytest.raises(ModelError, match="TorchScript"):
+        survey(torch.jit.script(nn.Sequential(nn.Linear(4, 4))), [torch.randn(2, 4)], run, 1)
+
+
 def test_what_is_not_finite_is_named() -> None:
     model = make_model()
     with torch.no_grad():

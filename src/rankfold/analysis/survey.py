@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from rankfold.batches import (
     Data,
@@ -53,6 +54,8 @@ def survey(
     for data that yields nothing, and for a batch or activations of a layer that are not finite.
     """
     check_weights(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a TorchScript model cannot be looked into: pass the module it came from")
     names = {module: name for name, module in model.named_modules()}
     shapes: dict[nn.Module, list[tuple[int, ...]]] = {}
     current = 0
@@ -67,9 +70,14 @@ def survey(
             )
 
     owners = _weight_owners(model)
+    if not owners:
+        raise ModelError("the model has no layer with a weight")
     unhooked = {module: _hooks(module) for module in owners}
     leaves = [module for module in model.modules() if not any(module.children())]
+    reads = _OutsideReads(owners)
     hooks = [module.register_forward_hook(watch) for module in {*leaves, *owners}]
+    hooks += [module.register_forward_pre_hook(reads.enter) for module in owners]
+    hooks += [module.register_forward_hook(reads.leave) for module in owners]
     size, macs = 1, 0
     try:
         with torch.no_grad(), running(model):
@@ -80,7 +88,10 @@ def survey(
                     raise CalibrationError(f"batch {index} of the data holds NaN or infinity")
                 if index == 0:
                     size = batch_size(batch)
-                    macs = count_macs(partial(run_or_explain, forward, model, batch, 0))
+                    if size == 0:
+                        raise CalibrationError("the first batch of the data holds no sample")
+                    with reads:
+                        macs = count_macs(partial(run_or_explain, forward, model, batch, 0))
                 else:
                     run_or_explain(forward, model, batch, index)
     finally:
@@ -99,12 +110,16 @@ def survey(
         reason = unhooked[module]
         if parametrize.is_parametrized(module):
             reason = "its weight is parametrized: remove the parametrizations first"
+        elif (kind := _unusual_kind(module)) is not None:
+            reason = f"its weight is {kind}"
         elif module in shared:
             reason = f"its weight is also that of '{shared[module]}'"
         elif module in readers:
             reason = f"{readers[module]} reads its weight directly"
         elif module not in shapes:
             reason = "the forward pass never calls it"
+        elif module in reads.found:
+            reason = "the model reads its weight directly"
         layers.append(SurveyedLayer(names[module], module, tuple(shapes.get(module, ())), reason))
     return Survey(tuple(layers), macs, size)
 
@@ -121,6 +136,35 @@ def check_weights(model: nn.Module) -> None:
             raise ModelError(f"parameter '{name}' of layer '{layer}' holds NaN or infinity")
 
 
+class _OutsideReads(TorchFunctionMode):
+    """Finds the modules whose `weight` is used while they are not running.
+
+    Some models take a layer's weight, or ask for its dtype, past the layer's forward; put a
+    factorized layer there and they break.
+    """
+
+    def __init__(self, owners: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.owner = {id(module.weight): module for module in owners if hasattr(module, "weight")}
+        self.inside: list[nn.Module] = []
+        self.found: set[nn.Module] = set()
+
+    def enter(self, module: nn.Module, inputs: Any) -> None:
+        self.inside.append(module)
+
+    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.inside.remove(module)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        for argument in (*args, *(kwargs or {}).values()):
+            module = self.owner.get(id(argument))
+            if module is not None and module not in self.inside:
+                self.found.add(module)
+        return function(*args, **(kwargs or {}))
+
+
 def _weight_owners(model: nn.Module) -> list[nn.Module]:
     """Modules that own a parameter of two modes or more, in the order of the model."""
 
@@ -135,6 +179,16 @@ def _weight_owners(model: nn.Module) -> list[nn.Module]:
         and not isinstance(module, nn.ParameterList | nn.ParameterDict)
         and not isinstance(module, parametrize.ParametrizationList)
     ]
+
+
+def _unusual_kind(module: nn.Module) -> str | None:
+    """Complex, integer or sparse: what the weights of a module are if no method is for them."""
+    for weight in module.parameters(recurse=False):
+        if weight.layout != torch.strided:
+            return str(weight.layout).removeprefix("torch.")
+        if not weight.is_floating_point():
+            return str(weight.dtype).removeprefix("torch.")
+    return None
 
 
 def _hooks(module: nn.Module) -> str | None:
