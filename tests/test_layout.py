@@ -10,8 +10,8 @@ import rankfold
 SOURCE = Path(rankfold.__file__).parent
 FLOORS = [
     {"errors", "progress", "version"},
-    {"decompose"},
     {"ranks"},
+    {"decompose"},
     {"layers"},
     {"methods"},
     {"plan", "knapsack", "batches", "fingerprint", "cost"},

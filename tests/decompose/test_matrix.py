@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankfold.decompose import svd
+from rankfold.decompose import full_rank, svd
 from rankfold.errors import RankError
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
@@ -86,6 +86,34 @@ def test_views_are_taken_as_they_are() -> None:
     torch.testing.assert_close(
         svd(given_matrix.mT).singular_values, svd(given_matrix).singular_values
     )
+
+
+@given(sides, sides, dtypes, seeds, st.floats(0.01, 0.99))
+def test_energy_and_tolerance_are_kept_by_the_least_rank(rows, columns, dtype, seed, share) -> None:
+    given_matrix = matrix(rows, columns, dtype, seed)
+    by_tolerance = svd(given_matrix, tolerance=share)
+    assert by_tolerance.relative_error(given_matrix) <= share + TOLERANCE[dtype]
+    by_energy = svd(given_matrix, energy=1 - share**2)
+    assert by_energy.ranks == by_tolerance.ranks
+    if by_tolerance.ranks[0] > 1:
+        less = by_tolerance.truncate(by_tolerance.ranks[0] - 1)
+        assert less.relative_error(given_matrix) > share - TOLERANCE[dtype]
+
+
+@given(sides, sides, dtypes, seeds, st.integers(1, 5))
+def test_full_rank_factorization_finds_the_numerical_rank(rows, columns, dtype, seed, rank) -> None:
+    rank = min(rank, rows, columns)
+    low = matrix(rows, rank, dtype, seed) @ matrix(rank, columns, dtype, seed + 1)
+    found = full_rank(low)
+    assert found.ranks[0] <= rank
+    left, right = found.balanced()
+    torch.testing.assert_close(left @ right, low, rtol=1e-4, atol=1e-4)
+    assert full_rank(torch.zeros(rows, columns)).ranks == (1,)
+
+
+def test_one_criterion_at_most() -> None:
+    with pytest.raises(ValueError, match="at most one"):
+        svd(torch.randn(3, 3), 2, energy=0.5)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 6])

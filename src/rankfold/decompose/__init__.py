@@ -1,6 +1,20 @@
 """Matrix and tensor decompositions: pure functions on torch tensors, no knowledge of networks."""
 
-from rankfold.decompose.matrix import SVD, svd
+from rankfold.decompose.matrix import SVD, full_rank, svd
+from rankfold.decompose.pivoted import Interpolative, PivotedQR, interpolative, pivoted_qr
+from rankfold.decompose.randomized import randomized_svd, residual_norm_bound
 from rankfold.decompose.tucker import Tucker, tucker
 
-__all__ = ["SVD", "Tucker", "svd", "tucker"]
+__all__ = [
+    "SVD",
+    "Interpolative",
+    "PivotedQR",
+    "Tucker",
+    "full_rank",
+    "interpolative",
+    "pivoted_qr",
+    "randomized_svd",
+    "residual_norm_bound",
+    "svd",
+    "tucker",
+]

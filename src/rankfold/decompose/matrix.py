@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from rankfold.errors import RankError
+from rankfold.ranks import energy_rank, tolerance_rank
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,27 @@ class SVD:
         return relative_error(self.to_tensor(), matrix)
 
 
-def svd(matrix: torch.Tensor, rank: int | None = None) -> SVD:
+def svd(
+    matrix: torch.Tensor,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    tolerance: float | None = None,
+) -> SVD:
     """The best approximation of `matrix` of a rank (Eckart and Young 1936).
 
     `matrix` is (rows, columns), real, float16 to float64; half precision is computed in float32.
+    Truncated to `rank`, to the least rank that keeps the share `energy` of the squared norm, or to
+    the least whose error, relative in the Frobenius norm, is at most `tolerance`; by default not.
     float32 goes through the eigenvectors of the smaller Gram matrix, accumulated in float64: the
     squared condition number costs half of float64's 16 digits, which still are float32's 7. At
     full rank the matrix comes back to rounding, whatever its condition, because the second factor
     is the projection of the matrix on the first and not a quotient. float64 goes through LAPACK's
     SVD. Raises RankError for a rank outside 1..min(rows, columns) or a tensor that is no matrix,
-    ValueError for NaN or infinity.
+    ValueError for NaN or infinity, or for more than one of rank, energy and tolerance.
     """
+    if sum(asked is not None for asked in (rank, energy, tolerance)) > 1:
+        raise ValueError("give at most one of rank, energy and tolerance")
     if matrix.dim() != 2 or matrix.numel() == 0:
         raise RankError(f"svd takes a non-empty matrix, not a tensor of shape {shape(matrix)}")
     work = working_precision(matrix)
@@ -68,7 +79,24 @@ def svd(matrix: torch.Tensor, rank: int | None = None) -> SVD:
     else:
         flipped = _svd_by_row_gram(work.mT)
         decomposed = SVD(flipped.vh.mT, flipped.singular_values, flipped.u.mT)
+    if energy is not None:
+        rank = energy_rank(decomposed.singular_values, energy)
+    elif tolerance is not None:
+        rank = tolerance_rank(decomposed.singular_values, tolerance)
     return decomposed if rank is None else decomposed.truncate(rank)
+
+
+def full_rank(matrix: torch.Tensor) -> SVD:
+    """W = F G with the numerical rank as the inner size: nothing is lost but rounding.
+
+    The numerical rank counts the singular values above max(rows, columns) times the machine epsilon
+    of the dtype (float32's for half precision) times the largest. `balanced()` of the result gives
+    F and G. A zero matrix has rank 1. Raises as `svd` does.
+    """
+    decomposed = svd(matrix)
+    values = decomposed.singular_values
+    threshold = max(matrix.shape) * torch.finfo(values.dtype).eps * values[0]
+    return decomposed.truncate(max(1, int((values > threshold).sum())))
 
 
 def _svd_by_row_gram(wide: torch.Tensor) -> SVD:
