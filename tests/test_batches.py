@@ -1,4 +1,4 @@
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import make_dataclass
 
 import pytest
@@ -60,6 +60,17 @@ def test_nests_are_moved_and_keep_their_kind() -> None:
     assert isinstance(moved["c"], OrderedDict) and moved["c"]["d"].is_meta
 
 
+def test_mappings_that_are_not_made_from_a_dict_are_moved() -> None:
+    moved = to_device(defaultdict(list, a=x), torch.device("meta"))
+    assert isinstance(moved, defaultdict) and moved["a"].is_meta and moved["missing"] == []
+
+
+def test_dataclasses_are_moved() -> None:
+    Batch = make_dataclass("Batch", ["pixels", "name"])
+    moved = to_device([Batch(x, "name")], torch.device("meta"))[0]
+    assert isinstance(moved, Batch) and moved.pixels.is_meta and moved.name == "name"
+
+
 def test_tensors_of_a_nest_are_its_floating_point_ones() -> None:
     Output = make_dataclass("Output", ["hidden", "name"])
     nest = {"a": [x, (y, torch.ones(2, dtype=torch.int64))], "b": "text", "c": Output(x, "c")}
@@ -82,6 +93,11 @@ def reads_badly():
     return Data()
 
 
+class Unreadable:
+    def __iter__(self):
+        raise OSError("no such disk")
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -91,6 +107,7 @@ def reads_badly():
         (x, "not a Tensor"),
         ({"first": x}, "not a dict"),
         (7, "not a int"),
+        (Unreadable(), "no such disk"),
         (reads_badly(), "batch 1 failed.*disk on fire"),
     ],
 )
@@ -106,6 +123,14 @@ def test_running_puts_every_mode_back_even_after_an_error() -> None:
         assert not model.training and not model[0].training
         raise ZeroDivisionError
     assert model.training and model[0].training and not model[1].training
+
+
+def test_running_in_training_mode() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)).eval()
+    model[0].train()
+    with running(model, train=True):
+        assert all(module.training for module in model.modules())
+    assert not model.training and model[0].training and not model[1].training
 
 
 def test_errors_of_the_model_name_the_batch() -> None:

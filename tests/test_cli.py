@@ -45,6 +45,13 @@ def test_compress_then_evaluate_tell_the_same(monkeypatch, capsys) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["small"]
 
 
+def test_out_may_be_the_working_directory_or_below_one_that_is_not_there(monkeypatch) -> None:
+    for out in (".", "deep/er/small"):
+        assert run(monkeypatch, "compress", *MODEL, "--out", out, "--force", "--epochs", "1") == 0
+        assert Path(out, "model.safetensors").is_file()
+    assert sorted(map(str, Path().rglob("*.pt*"))) == []
+
+
 def test_inspect_shows_every_layer_with_a_reason(monkeypatch, capsys) -> None:
     told = run_json(monkeypatch, capsys, "inspect", *MODEL, "--fraction", "0.25")
     layers = {layer["name"]: layer for layer in told["layers"]}
@@ -100,6 +107,10 @@ def test_the_same_seed_gives_the_same_files(monkeypatch) -> None:
         (["compress", *MODEL, "--out", "foreign", "--force"], "no saved model"),
         (["compress", *MODEL, "--out", "file/below"], "cannot be written"),
         (["compress", *MODEL, "--out", "x", "--macs", "0.5", "--evbmf"], "ask for one thing"),
+        (
+            ["compress", *MODEL, "--out", "x", "--loss", "torch.nn.functional:cross_entropy"],
+            "no label",
+        ),
         (["evaluate", "absent"], "not a directory"),
         (["evaluate", "foreign"], "no plan.json"),
     ],

@@ -60,6 +60,39 @@ def test_a_budget_of_exactly_everything_is_enough() -> None:
     assert choose(losses, costs, [123456789 + 987654320]) == [1, 0]
 
 
+def test_a_budget_of_exactly_the_cheapest_is_enough() -> None:
+    """One above it costs a millionth more, which the solver cannot tell apart."""
+    losses, costs = [np.array([1.0, 0.0])] * 2, [np.array([[2e6], [2e6 + 1]])] * 2
+    assert choose(losses, costs, [4e6]) == [0, 0]
+    assert choose(losses, costs, [4e6 + 1]) in ([0, 1], [1, 0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_budget_of_nothing_is_kept_by_what_costs_nothing() -> None:
+    assert choose([np.array([0.0, 1.0])], [np.array([[1.0], [0.0]])], [0.0]) == [1]
+
+
+@given(st.integers(0, 1000))
+def test_choice_is_optimal_over_many_orders_of_magnitude(seed) -> None:
+    """To the gap that is promised, with a limit that one choice spends to the last unit."""
+    rng = np.random.default_rng(seed)
+    losses = [rng.random(4) * 10.0 ** rng.integers(-6, 1) for _ in range(4)]
+    costs = [rng.integers(1, 10 ** rng.integers(1, 10), (4, 2)).astype(float) for _ in range(4)]
+
+    def total(values, picks):
+        return sum(value[pick] for value, pick in zip(values, picks, strict=True))
+
+    limits = total(costs, rng.integers(4, size=4))
+    chosen = choose(losses, costs, limits)
+    assert (total(costs, chosen) <= limits).all()
+    best = min(
+        total(losses, picks)
+        for picks in product(range(4), repeat=4)
+        if (total(costs, picks) <= limits).all()
+    )
+    assert total(losses, chosen) == pytest.approx(best, rel=2e-9, abs=0)
+
+
 def test_nothing_to_choose() -> None:
     assert choose([], [], [5.0]) == []
 

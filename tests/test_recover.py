@@ -204,6 +204,14 @@ def test_what_to_recover_from_must_be_said() -> None:
         recover(factorized(macs=0.5), make_data(), teacher=make_model(), schedule="sudden")
 
 
+def test_labels_that_the_loss_cannot_use_are_named() -> None:
+    with pytest.raises(CalibrationError, match="batch 0 has no label"):
+        recover(factorized(macs=0.5), make_data(), loss_fn=nn.functional.cross_entropy)
+    wrong = [(images, labels[:3]) for images, labels in make_labelled()]
+    with pytest.raises(RankfoldError, match="loss function fails on batch"):
+        recover(factorized(macs=0.5), wrong, loss_fn=nn.functional.cross_entropy)
+
+
 def test_divergence_ends_training_with_the_best_weights() -> None:
     small = factorized(macs=0.5)
     calls = 0

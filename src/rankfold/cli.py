@@ -190,7 +190,7 @@ def compress(
     place = _prepare(device, threads, seed)
     network, batches, judged = _load_inputs(model, data, test, place)
     run_forward, measured = _load_functions(forward, metric)
-    training_state = out.with_name(out.name + ".recovery.pt")
+    training_state = out.absolute().with_name(out.absolute().name + ".recovery.pt")
     small = compress_model(
         network,
         batches,

@@ -221,12 +221,24 @@ class _Objective:
         output = run_or_explain(self.forward, model, moved, index)
         loss = torch.zeros((), device=device)
         if self.loss_fn is not None:
-            loss = loss + self.loss_fn(output, split_batch(moved)[1])
+            loss = loss + self._on_labels(output, split_batch(moved)[1], index)
         if self.teacher is not None:
             loss = loss + distance(output, self._target(batch, moved, index, kept))
         if not torch.isfinite(loss) and not all(t.isfinite().all() for t in tensors_of(moved)):
             raise CalibrationError(f"batch {index} of the data holds NaN or infinity")
         return loss
+
+    def _on_labels(self, output: Any, labels: Any, index: int) -> torch.Tensor:
+        if labels is None:
+            raise CalibrationError(
+                f"batch {index} has no label for the loss function: give (input, label) batches"
+            )
+        assert self.loss_fn is not None
+        try:
+            return self.loss_fn(output, labels)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            message = (str(error) or type(error).__name__).splitlines()[0]
+            raise RankfoldError(f"the loss function fails on batch {index}: {message}") from error
 
     def _target(self, batch: Any, moved: Any, index: int, kept: bool) -> Any:
         if kept and id(batch) in self.cache:
@@ -347,8 +359,12 @@ def _write(path: Path, run_name: str, state: _State, trainer: _Trainer) -> None:
         "schedule": trainer.schedule.state_dict(),
     }
     partial_path = path.with_name(path.name + ".partial")
-    torch.save(document, partial_path)
-    partial_path.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(document, partial_path)
+        partial_path.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def _resume(path: Path, run_name: str, state: _State, trainer: _Trainer) -> None:

@@ -67,6 +67,7 @@ def test_budgets_that_contradict_each_other_are_named() -> None:
         {"macs": 0.5, "evbmf": True},
         {"energy": 0.9, "fraction": 0.5},
         {"macs": float("nan")},
+        {"macs": float("inf")},
     ],
 )
 def test_senseless_budgets_are_refused(analysis, wrong) -> None:

@@ -48,6 +48,14 @@ def test_factors_are_orthonormal(rows, columns, dtype, seed) -> None:
         torch.testing.assert_close(gram, identity, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rows_of_singular_values_that_are_not_zero_are_orthonormal(dtype) -> None:
+    """Also of a matrix of low rank, whose last singular values are rounding."""
+    found = svd(matrix(30, 3, dtype, 0) @ matrix(3, 40, dtype, 1))
+    rows = found.vh[found.singular_values > 0]
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(len(rows), dtype=dtype), rtol=0, atol=1e-4)
+
+
 @given(sides, sides, seeds, st.integers(1, 5))
 def test_rank_deficient_matrices_are_recovered_at_their_rank(rows, columns, seed, rank) -> None:
     rank = min(rank, rows, columns)

@@ -52,6 +52,21 @@ def test_refinement_never_makes_it_worse(shape, seed, data) -> None:
 
 
 @given(shapes, seeds, st.data())
+def test_hosvd_is_quasi_optimal_and_its_error_does_not_grow_with_a_rank(shape, seed, data) -> None:
+    """De Lathauwer et al. 2000a, property 10: no worse than all that the modes lose, summed."""
+    tensor = tensor_of(shape, seed=seed)
+    ranks = tuple(data.draw(st.integers(1, length)) for length in shape)
+    energies = [torch.linalg.svdvals(unfold(tensor, mode)).square() for mode in range(len(shape))]
+    lost = [energy[rank:].sum().item() for energy, rank in zip(energies, ranks, strict=True)]
+    error = tucker(tensor, ranks, sweeps=0).relative_error(tensor)
+    norm = tensor.square().sum().item()
+    assert max(lost) - 1e-9 <= error**2 * norm <= sum(lost) + 1e-9
+    for mode, (rank, length) in enumerate(zip(ranks, shape, strict=True)):
+        more = (*ranks[:mode], min(rank + 1, length), *ranks[mode + 1 :])
+        assert tucker(tensor, more, sweeps=0).relative_error(tensor) <= error + 1e-12
+
+
+@given(shapes, seeds, st.data())
 def test_a_tensor_of_these_ranks_is_recovered(shape, seed, data) -> None:
     ranks = tuple(data.draw(st.integers(1, length)) for length in shape)
     tensor = tensor_of(ranks, seed=seed)
@@ -81,6 +96,15 @@ def test_unfolding_and_mode_product_agree() -> None:
     torch.testing.assert_close(
         unfold(mode_product(tensor, matrix, 1), 1), matrix @ unfold(tensor, 1)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32_and_views_are_taken_as_they_are(dtype) -> None:
+    tensor = tensor_of((6, 5, 4), dtype)
+    found = tucker(tensor)
+    assert found.core.dtype == torch.float32 and found.relative_error(tensor) < 3e-6
+    view = tensor.permute(2, 0, 1)
+    assert tucker(view).relative_error(view) < 3e-6
 
 
 def test_zero_tensor() -> None:

@@ -52,3 +52,18 @@ def test_compiles_exports_and_round_trips_like_any_module() -> None:
     other = TuckerConvolution(nn.Conv2d(8, 16, 3, padding=1), (4, 4)).eval()
     other.load_state_dict(form.state_dict())
     assert torch.equal(other(inputs), form(inputs))
+
+
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_dense_layer_is_a_copy_as_trainable_and_in_the_same_mode(gradients, trained) -> None:
+    layer = nn.Conv2d(8, 16, 3)
+    for form in (TwoFactorConvolution(layer, 4), TuckerConvolution(layer, (4, 4))):
+        form.train(trained).requires_grad_(trained)
+        with gradients():
+            dense = form.to_dense()
+        assert dense.training == trained
+        with torch.no_grad():
+            dense.bias.fill_(7)
+        assert not (form[-1].bias == 7).any()
+        assert {parameter.requires_grad for parameter in dense.parameters()} == {trained}

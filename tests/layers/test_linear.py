@@ -35,3 +35,16 @@ def test_the_dense_layer_is_a_copy_of_its_own() -> None:
 def test_ranks_outside_the_layer_are_refused(rank) -> None:
     with pytest.raises(RankError, match=r"1\.\.6"):
         TwoFactorLinear(nn.Linear(8, 6), rank)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_what_is_frozen_and_only_that_is_frozen_in_the_dense_layer(frozen) -> None:
+    """Whatever the context in which the factors are multiplied."""
+    form = TwoFactorLinear(nn.Linear(8, 6), 3)
+    for name, parameter in form.named_parameters():
+        parameter.requires_grad_(not name.endswith(frozen))
+    expected = {"weight": frozen != "weight", "bias": frozen != "bias"}
+    assert {n: p.requires_grad for n, p in form.to_dense().named_parameters()} == expected
+    with torch.no_grad():
+        dense = form.to_dense()
+    assert {n: p.requires_grad for n, p in dense.named_parameters()} == expected

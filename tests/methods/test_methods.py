@@ -200,6 +200,48 @@ def test_dtype_mode_and_gradients_are_those_of_the_layer(method, layer, dtype) -
     assert weight_error(form, layer) < rounding[dtype]
 
 
+GEOMETRIES = [
+    {"stride": (2, 1)},
+    {"padding": "valid", "dilation": (1, 2)},
+    *(
+        {"padding": padding, "padding_mode": mode}
+        for padding in ("same", (2, 0))
+        for mode in ("zeros", "reflect", "replicate", "circular")
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_geometry_in_every_precision(name, geometry, dtype) -> None:
+    layer = nn.Conv2d(16, 12, (3, 2), dtype=dtype, **geometry)
+    family = METHODS[name]().fit(layer, WEIGHT_METRIC)
+    form = family.build(full_rank(family))
+    inputs = torch.randn(2, 16, 7, 6, dtype=dtype)
+    rounding = {torch.float16: 5e-3, torch.bfloat16: 4e-2, **TOLERANCE}
+    with torch.no_grad():
+        assert relative(form(inputs), layer(inputs)) < rounding[dtype]
+    assert repr(form.to_dense()) == repr(layer)
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_a_bias_may_be_frozen_alone_and_no_memory_is_shared(method, layer) -> None:
+    layer = copy.deepcopy(layer).train()
+    if layer.bias is not None:
+        layer.bias.requires_grad_(False)
+    family = method.fit(layer, WEIGHT_METRIC)
+    form = family.build(full_rank(family))
+    before = copy.deepcopy(form.state_dict())
+    assert all(module.training for module in form.modules())
+    for name, parameter in form.named_parameters():
+        assert parameter.requires_grad == name.endswith("weight")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    assert all(torch.equal(before[name], value) for name, value in form.state_dict().items())
+
+
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_impossible_ranks_are_refused(method, layer) -> None:
     family = method.fit(layer, WEIGHT_METRIC)
@@ -212,6 +254,16 @@ def test_impossible_ranks_are_refused(method, layer) -> None:
             method.skeleton(layer, rank)
         with pytest.raises(RankError):
             family.build(rank)
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_impossible_ranks_have_no_loss(method, layer) -> None:
+    family = method.fit(layer, WEIGHT_METRIC)
+    best = full_rank(family)
+    below, above = (0, *best[1:]), (*best[:-1], best[-1] + 1)
+    for rank in (below, tuple(-entry for entry in best), above, (), (*best, 1)):
+        with pytest.raises(RankError):
+            family.loss(rank)
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
@@ -279,6 +331,13 @@ def test_every_method_has_a_layer_in_these_tests(name) -> None:
 def test_layers_that_no_method_takes_and_why(layer, words) -> None:
     for method in METHODS.values():
         assert words in method().why_not(layer)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_without_a_weight_to_factorize_are_refused(name) -> None:
+    for layer in (nn.Linear(0, 12), nn.Linear(12, 0), nn.Conv2d(32, 0, 3)):
+        assert METHODS[name]().why_not(layer) is not None
 
 
 def test_tucker2_leaves_to_svd_what_svd_does_better() -> None:

@@ -33,6 +33,15 @@ def test_known_noise_variance() -> None:
     assert evbmf_rank(singular_values, (60, 90), noise_variance=1e6) == 0
 
 
+@given(st.integers(0, 200), st.floats(1e-3, 10), st.floats(1e-3, 10))
+def test_more_noise_leaves_less_signal(seed, first, second) -> None:
+    singular_values = torch.linalg.svdvals(noisy(20, 30, 7, 0.2, seed))
+    less, more = sorted((first, second))
+    assert evbmf_rank(singular_values, (20, 30), more) <= evbmf_rank(
+        singular_values, (20, 30), less
+    )
+
+
 @given(st.integers(0, 200), st.floats(0.05, 2))
 def test_noise_variance_is_the_global_minimum_of_the_free_energy(seed, noise) -> None:
     rows, columns = 12, 30

@@ -1,6 +1,7 @@
 """From a trained network and a few batches to an analysis, and from that to plans."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -94,7 +95,7 @@ class Analysis:
         unit = {"params": 1, "macs": self.batch_size}
         limits = {}
         for name, value in budgets.items():
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise BudgetError(f"{name}={value} is not a budget: it must be above 0")
             limits[name] = value * (totals[name] if value <= 1 else unit[name])
         choices = choose_within_budget(self.layers, limits, totals)
