@@ -10,9 +10,10 @@ mapping a set of keyword arguments. A model that wants something else is run by 
 function of the user's, `forward(model, batch) -> output`, which replaces the rule for inputs.
 """
 
+import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,11 +59,21 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
-        return type(batch)({key: to_device(value, device) for key, value in batch.items()})  # type: ignore[call-arg]
+        items = {key: to_device(value, device) for key, value in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return items
+        moved = copy.copy(batch)  # what else a user's mapping holds stays with it
+        moved.update(items)
+        return moved
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, tuple | list):
         return type(batch)(to_device(value, device) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = [field.name for field in dataclasses.fields(batch) if field.init]
+        return dataclasses.replace(
+            batch, **{name: to_device(getattr(batch, name), device) for name in fields}
+        )
     return batch
 
 
@@ -116,9 +127,10 @@ def first_batches(data: Data, count: int | None, device: torch.device) -> Iterat
     """
     check_data(data)
     empty = True
-    batches = iter(data)
+    batches: Iterator[Any] | None = None
     for index in itertools.count() if count is None else range(count):
         try:
+            batches = iter(data) if batches is None else batches
             batch = next(batches)
         except StopIteration:
             break

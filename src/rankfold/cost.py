@@ -5,6 +5,7 @@ attention), so a layer has no cost formula of its own; what the counter does not
 layers fused by oneDNN or cuDNN) is told to it here.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,7 +29,7 @@ def count_macs(call: Callable[[], Any]) -> int:
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
+    counter = FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED_BY_TORCH)
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             call()
@@ -68,7 +69,29 @@ def _cudnn_recurrent_flops(
     return 2 * positions * sum(w[0] * w[1] for w in weights if len(w) == 2)
 
 
-_RECURRENT: dict[Any, Any] = {
+def _matrix_vector_flops(matrix: Sequence[int], vector: Sequence[int], **_: Any) -> int:
+    return 2 * matrix[0] * matrix[1]
+
+
+def _trilinear_flops(
+    first: Sequence[int],
+    second: Sequence[int],
+    third: Sequence[int],
+    *new_modes: Sequence[int],
+    **_: Any,
+) -> int:
+    """`nn.Bilinear`: one product per element of the three tensors brought to a common shape."""
+    expanded = []
+    for lengths, modes in zip((first, second, third), new_modes[:3], strict=True):
+        expanded.append(list(lengths))
+        for mode in sorted(modes):
+            expanded[-1].insert(mode, 1)
+    return 2 * math.prod(map(max, *expanded))
+
+
+_NOT_COUNTED_BY_TORCH: dict[Any, Any] = {
     torch.ops.aten.mkldnn_rnn_layer: _onednn_recurrent_flops,
     torch.ops.aten._cudnn_rnn: _cudnn_recurrent_flops,
+    torch.ops.aten.mv: _matrix_vector_flops,
+    torch.ops.aten._trilinear: _trilinear_flops,
 }

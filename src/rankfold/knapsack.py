@@ -8,9 +8,11 @@ from scipy.sparse import csr_array
 
 from rankfold.errors import BudgetError, RankfoldError
 
-# HiGHS takes a row as kept within 1e-6 of its unit, here the limit. A solution that uses this to
-# exceed the limit is solved for again with the limit drawn in by as much.
-_DRAWN_IN = (0.0, 1e-6)
+# HiGHS's tolerances are absolute, 1e-6 and below: in units of a millionth of each limit and of the
+# greatest loss they are far below one MAC. A solution that still exceeds a limit is solved for
+# again with the limits drawn in.
+_UNIT = 1e6
+_DRAWN_IN = (0.0, 1e-6, 1.0)
 
 
 def choose(
@@ -25,7 +27,8 @@ def choose(
     if not losses:
         return []
     limit = np.asarray(limits, dtype=np.float64)
-    scaled = [np.asarray(cost, dtype=np.float64) / limit for cost in costs]
+    unit = np.where(limit > 0, limit, 1.0) / _UNIT
+    scaled = [np.asarray(cost, dtype=np.float64) / unit for cost in costs]
     kept = [undominated(loss, cost) for loss, cost in zip(losses, scaled, strict=True)]
     group = np.repeat(np.arange(len(kept)), [len(indices) for indices in kept])
     loss = np.concatenate([losses[g][indices] for g, indices in enumerate(kept)])
@@ -35,10 +38,10 @@ def choose(
     )
     for drawn_in in _DRAWN_IN:
         solution = milp(
-            loss / max(loss.max(), np.finfo(np.float64).tiny),
+            loss * (_UNIT / (loss.max() or 1.0)),
             constraints=[
                 LinearConstraint(one_each, 1, 1),
-                LinearConstraint(cost.T, -np.inf, 1 - drawn_in),
+                LinearConstraint(cost.T, -np.inf, limit / unit - drawn_in),
             ],
             integrality=np.ones(len(group)),
             bounds=Bounds(0, 1),

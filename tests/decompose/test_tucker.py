@@ -66,6 +66,12 @@ def test_hosvd_is_quasi_optimal_and_its_error_does_not_grow_with_a_rank(shape, s
         assert tucker(tensor, more, sweeps=0).relative_error(tensor) <= error + 1e-12
 
 
+def test_refinement_of_noise_makes_it_better() -> None:
+    tensor = tensor_of((6, 5, 4))
+    hosvd, refined = (tucker(tensor, (2, 2, 2), sweeps=s).relative_error(tensor) for s in (0, 3))
+    assert refined < 0.95 * hosvd
+
+
 @given(shapes, seeds, st.data())
 def test_a_tensor_of_these_ranks_is_recovered(shape, seed, data) -> None:
     ranks = tuple(data.draw(st.integers(1, length)) for length in shape)

@@ -33,6 +33,13 @@ def test_known_noise_variance() -> None:
     assert evbmf_rank(singular_values, (60, 90), noise_variance=1e6) == 0
 
 
+def test_detection_threshold_of_a_square_matrix() -> None:
+    """The paper's (1 + tau)(1 + 1 / tau), tau = 2.5129: 4.9108 times side and noise variance."""
+    for squared, rank in ((4.910, 0), (4.912, 1)):
+        singular_values = torch.tensor([(squared * 3 * 0.25) ** 0.5, 0.1, 0.1], dtype=torch.float64)
+        assert evbmf_rank(singular_values, (3, 3), noise_variance=0.25) == rank
+
+
 @given(st.integers(0, 200), st.floats(1e-3, 10), st.floats(1e-3, 10))
 def test_more_noise_leaves_less_signal(seed, first, second) -> None:
     singular_values = torch.linalg.svdvals(noisy(20, 30, 7, 0.2, seed))

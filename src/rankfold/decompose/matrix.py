@@ -7,6 +7,9 @@ import torch
 from rankfold.errors import RankError
 from rankfold.ranks import energy_rank, tolerance_rank
 
+# Least over greatest singular value from which on the Gram matrix alone gives orthonormal rows.
+_WELL_CONDITIONED = 1e-4
+
 
 @dataclass(frozen=True)
 class SVD:
@@ -107,6 +110,10 @@ def _svd_by_row_gram(wide: torch.Tensor) -> SVD:
     order = singular_values.argsort(descending=True, stable=True)
     u, projected, singular_values = u[:, order], projected[order], singular_values[order]
     vh = projected / torch.where(singular_values > 0, singular_values, 1)[:, None]
+    if singular_values[-1] < _WELL_CONDITIONED * singular_values[0]:
+        # Rows of small singular values lean on those of large ones: orthogonalise in that order.
+        q, r = torch.linalg.qr(vh.mT)
+        vh = (q * r.diagonal().sign()).mT
     return SVD(u.to(wide.dtype), singular_values.to(wide.dtype), vh.to(wide.dtype))
 
 

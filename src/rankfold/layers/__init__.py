@@ -11,7 +11,7 @@ from rankfold.layers.convolution import (
     TuckerConvolution,
     TwoFactorConvolution,
 )
-from rankfold.layers.form import Dense, Form, assign_factors
+from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
 from rankfold.layers.linear import TwoFactorLinear
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "TwoFactorConvolution",
     "TwoFactorLinear",
     "assign_factors",
+    "check_ranks",
 ]

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rankfold.layers.form import check_ranks, copy_parameters
+from rankfold.layers.form import check_ranks, fill_dense
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -41,7 +41,7 @@ class TwoFactorConvolution(nn.Sequential):
         """The `nn.Conv1d`, `2d` or `3d` that this represents."""
         spatial, last = cast(Convolution, self[0]), cast(Convolution, self[1])
         weight = torch.tensordot(last.weight.flatten(1), spatial.weight, dims=1)
-        return _dense(spatial, weight, last.bias).train(self.training)
+        return _dense(spatial, weight, self)
 
 
 class TuckerConvolution(nn.Sequential):
@@ -75,7 +75,7 @@ class TuckerConvolution(nn.Sequential):
         weight = torch.einsum(
             "oq,qp...,pi->oi...", last.weight.flatten(1), spatial.weight, first.weight.flatten(1)
         )
-        return _dense(spatial, weight, last.bias).train(self.training)
+        return _dense(spatial, weight, self)
 
 
 def _spatial(
@@ -113,8 +113,8 @@ def _pointwise(
     )
 
 
-def _dense(spatial: Convolution, weight: torch.Tensor, bias: torch.Tensor | None) -> Convolution:
-    """A convolution with the geometry of `spatial` and the given parameters."""
+def _dense(spatial: Convolution, weight: torch.Tensor, form: nn.Sequential) -> Convolution:
+    """The convolution with the geometry of `spatial` that `form` represents."""
     dense = type(spatial)(
         weight.shape[1],
         weight.shape[0],
@@ -122,10 +122,10 @@ def _dense(spatial: Convolution, weight: torch.Tensor, bias: torch.Tensor | None
         cast(Any, spatial.stride),
         cast(Any, spatial.padding),
         cast(Any, spatial.dilation),
-        bias=bias is not None,
+        bias=form[-1].bias is not None,
         padding_mode=spatial.padding_mode,
         device="meta",
         dtype=weight.dtype,
     )
-    copy_parameters(dense, weight, bias)
+    fill_dense(dense, weight, form)
     return dense

@@ -45,8 +45,16 @@ def assign_factors(form: nn.Sequential, weights: Sequence[torch.Tensor], layer: 
     form.train(layer.training)
 
 
-def copy_parameters(dense: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Make copies of `weight` and `bias` the parameters of `dense` (built on the meta device)."""
-    cast("Any", dense).weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+def fill_dense(dense: nn.Module, weight: torch.Tensor, form: nn.Sequential) -> None:
+    """Give `dense`, built on the meta device, copies of a weight and of the bias of `form`.
+
+    `weight` is the product of the factors. The result is trainable where the form is, and in its
+    mode.
+    """
+    factors: list[Any] = list(form)
+    trainable = any(factor.weight.requires_grad for factor in factors)
+    cast("Any", dense).weight = nn.Parameter(weight.detach().clone(), trainable)
+    bias = factors[-1].bias
     if bias is not None:
         cast("Any", dense).bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    dense.train(form.training)

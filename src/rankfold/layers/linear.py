@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from rankfold.layers.form import check_ranks, copy_parameters
+from rankfold.layers.form import check_ranks, fill_dense
 
 
 class TwoFactorLinear(nn.Sequential):
@@ -31,5 +31,5 @@ class TwoFactorLinear(nn.Sequential):
         dense = nn.Linear(
             first.in_features, last.out_features, last.bias is not None, "meta", first.weight.dtype
         )
-        copy_parameters(dense, last.weight @ first.weight, last.bias)
-        return dense.train(self.training)
+        fill_dense(dense, last.weight @ first.weight, self)
+        return dense

@@ -13,8 +13,14 @@ import torch
 from torch import nn
 
 from rankfold.decompose import SVD, svd
-from rankfold.errors import RankError
-from rankfold.layers import Dense, TwoFactorConvolution, TwoFactorLinear, assign_factors
+from rankfold.layers import (
+    CONVOLUTIONS,
+    Dense,
+    TwoFactorConvolution,
+    TwoFactorLinear,
+    assign_factors,
+    check_ranks,
+)
 from rankfold.methods.method import Moments, Rank, Spectrum, aligned_ranks, weight_metric_only
 
 
@@ -31,8 +37,10 @@ class LowRank:
     alignment: int = 8
 
     def why_not(self, layer: nn.Module) -> str | None:
-        if type(layer) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if not isinstance(layer, Dense) or type(layer) not in (nn.Linear, *CONVOLUTIONS):
             return f"no factorization for {type(layer).__name__} layers"
+        if layer.weight.numel() == 0:
+            return "its weight is empty"
         groups = getattr(layer, "groups", 1)
         return None if groups == 1 else f"grouped convolution, groups={groups}"
 
@@ -70,6 +78,7 @@ class LowRankFamily:
         return (beyond / beyond[0].clamp_min(torch.finfo(torch.float64).tiny)).cpu()
 
     def loss(self, rank: Rank) -> float:
+        check_ranks(rank, self.decomposition.ranks, self.layer)
         return self._lost[rank[0]].item()
 
     def build(self, rank: Rank) -> nn.Sequential:
@@ -80,8 +89,7 @@ class LowRankFamily:
 
 
 def _form(layer: Dense, rank: Rank) -> nn.Sequential:
-    if len(rank) != 1:
-        raise RankError(f"svd has one rank, not {rank}")
+    check_ranks(rank, (min(layer.weight.flatten(1).shape),), layer)
     if isinstance(layer, nn.Linear):
         return TwoFactorLinear(layer, rank[0], device="meta")
     return TwoFactorConvolution(layer, rank[0], device="meta")

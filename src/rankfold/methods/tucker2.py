@@ -14,7 +14,13 @@ import torch
 from torch import nn
 
 from rankfold.decompose import Tucker, tucker
-from rankfold.layers import CONVOLUTIONS, Convolution, TuckerConvolution, assign_factors
+from rankfold.layers import (
+    CONVOLUTIONS,
+    Convolution,
+    TuckerConvolution,
+    assign_factors,
+    check_ranks,
+)
 from rankfold.methods.method import Moments, Rank, Spectrum, aligned_ranks, weight_metric_only
 
 CHANNEL_MODES = (0, 1)  # of a weight (out, in, *kernel)
@@ -34,6 +40,8 @@ class Tucker2:
     def why_not(self, layer: nn.Module) -> str | None:
         if not isinstance(layer, CONVOLUTIONS) or type(layer) not in CONVOLUTIONS:
             return f"no factorization for {type(layer).__name__} layers"
+        if layer.weight.numel() == 0:
+            return "its weight is empty"
         if layer.groups != 1:
             return f"grouped convolution, groups={layer.groups}"
         if layer.weight[0, 0].numel() == 1:
@@ -84,6 +92,7 @@ class Tucker2Family:
 
     def loss(self, rank: Rank) -> float:
         """That of the truncated HOSVD: an upper bound, since `build` goes on to refine it."""
+        check_ranks(rank, self.hosvd.ranks, self.layer)
         return self._lost[rank[0] - 1, rank[1] - 1].item()
 
     def build(self, rank: Rank) -> nn.Sequential:
