@@ -42,6 +42,8 @@ def changed(plan: Plan, path: list, value: object) -> dict:
         (["layers", 1, "rank"], [8, True], "not a list of positive integers"),
         (["layers", 0, "rank"], [8], "a method comes with a rank"),
         (["layers", 1, "settings"], {"alignment": 8, "colour": 1}, "no method"),
+        (["layers", 1, "settings"], {"alignment": "8"}, "no method"),
+        (["layers", 1, "settings"], {"alignment": 0}, "no method"),
         (["layers", 1, "loss"], float("nan"), "not finite"),
         (["layers", 1, "before", "macs"], -5, "not negative"),
         (["layers", 1, "name"], 7, "wrong type"),

@@ -42,7 +42,7 @@ class LayerPlan:
         """The method with its settings; raises PlanError if there is no such method or setting."""
         try:
             return METHODS[self.method or ""](**(self.settings or {}))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise PlanError(
                 f"layer '{self.name}': no method '{self.method}' with settings {self.settings}; "
                 f"there are {', '.join(METHODS)}"

@@ -307,6 +307,13 @@ def test_settings_survive_json(name) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("alignment", [0, -8, 2.0, "8", True])
+def test_senseless_alignments_are_refused(name, alignment) -> None:
+    with pytest.raises(ValueError, match="integer of at least 1"):
+        METHODS[name](alignment=alignment)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_metric_that_is_not_there_yet_is_refused(name) -> None:
     with pytest.raises(NotImplementedError, match=name):
         METHODS[name]().fit(nn.Conv2d(16, 16, 3), Moments(inputs=torch.eye(16)))

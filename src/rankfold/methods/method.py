@@ -77,6 +77,12 @@ def aligned_ranks(limit: int, alignment: int) -> range | list[int]:
     return [*range(alignment, limit, alignment), limit]
 
 
+def check_alignment(alignment: int) -> None:
+    """Raise ValueError unless the alignment is an integer of at least 1."""
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"alignment is an integer of at least 1, not {alignment!r:.40}")
+
+
 def weight_metric_only(method: Method, moments: Moments) -> None:
     """Raise NotImplementedError for a metric that a method does not take."""
     if moments != WEIGHT_METRIC:

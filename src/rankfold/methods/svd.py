@@ -21,7 +21,14 @@ from rankfold.layers import (
     assign_factors,
     check_ranks,
 )
-from rankfold.methods.method import Moments, Rank, Spectrum, aligned_ranks, weight_metric_only
+from rankfold.methods.method import (
+    Moments,
+    Rank,
+    Spectrum,
+    aligned_ranks,
+    check_alignment,
+    weight_metric_only,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,9 @@ class LowRank:
 
     name: ClassVar[str] = "svd"
     alignment: int = 8
+
+    def __post_init__(self) -> None:
+        check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
         if not isinstance(layer, Dense) or type(layer) not in (nn.Linear, *CONVOLUTIONS):

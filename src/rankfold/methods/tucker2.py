@@ -21,7 +21,14 @@ from rankfold.layers import (
     assign_factors,
     check_ranks,
 )
-from rankfold.methods.method import Moments, Rank, Spectrum, aligned_ranks, weight_metric_only
+from rankfold.methods.method import (
+    Moments,
+    Rank,
+    Spectrum,
+    aligned_ranks,
+    check_alignment,
+    weight_metric_only,
+)
 
 CHANNEL_MODES = (0, 1)  # of a weight (out, in, *kernel)
 
@@ -36,6 +43,9 @@ class Tucker2:
 
     name: ClassVar[str] = "tucker2"
     alignment: int = 8
+
+    def __post_init__(self) -> None:
+        check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
         if not isinstance(layer, CONVOLUTIONS) or type(layer) not in CONVOLUTIONS:
