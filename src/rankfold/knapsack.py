@@ -9,10 +9,10 @@ from scipy.sparse import csr_array
 from rankfold.errors import BudgetError, RankfoldError
 
 # HiGHS's tolerances are absolute, 1e-6 and below: in units of a millionth of each limit and of the
-# greatest loss they are far below one MAC. A solution that still exceeds a limit is solved for
-# again with the limits drawn in.
+# greatest loss they are far below one MAC. A choice that uses them to exceed a limit is forbidden,
+# and the rest solved again.
 _UNIT = 1e6
-_DRAWN_IN = (0.0, 1e-6, 1.0)
+_MOST_FORBIDDEN = 100
 
 
 def choose(
@@ -36,13 +36,14 @@ def choose(
     one_each = csr_array(
         (np.ones(len(group)), (group, np.arange(len(group)))), shape=(len(kept), len(group))
     )
-    for drawn_in in _DRAWN_IN:
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(cost.T, -np.inf, limit / unit),
+    ]
+    for _ in range(_MOST_FORBIDDEN):
         solution = milp(
-            loss * (_UNIT / (loss.max() or 1.0)),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(cost.T, -np.inf, limit / unit - drawn_in),
-            ],
+            loss / (loss.max() or 1.0) * _UNIT,
+            constraints=constraints,
             integrality=np.ones(len(group)),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 1e-9},
@@ -51,13 +52,18 @@ def choose(
             break
         if solution.x is None:
             raise RankfoldError(f"the solver stopped without a plan: {solution.message}")
-        chosen = [int(indices[solution.x[group == g].argmax()]) for g, indices in enumerate(kept)]
+        picked = [int(solution.x[group == g].argmax()) for g in range(len(kept))]
+        chosen = [int(indices[pick]) for indices, pick in zip(kept, picked, strict=True)]
         spent = sum(
             (np.asarray(costs[g][index], dtype=np.float64) for g, index in enumerate(chosen)),
             np.zeros(len(limit)),
         )
         if (spent <= limit).all():
             return chosen
+        forbidden = np.zeros(len(group))
+        for g, pick in enumerate(picked):
+            forbidden[np.flatnonzero(group == g)[pick]] = 1
+        constraints.append(LinearConstraint(forbidden, -np.inf, len(kept) - 1))
     raise BudgetError("no choice of candidates meets the budget")
 
 
