@@ -72,18 +72,15 @@ def test_compress_prints_tables_and_recovers_on_labels(monkeypatch, capsys) -> N
 
 
 def test_the_same_seed_gives_the_same_files(monkeypatch) -> None:
+    # Which memory format is faster is measured, and decides the order of sums: keep the one it has.
+    monkeypatch.setattr(
+        sys.modules["rankfold.compress"], "in_fastest_memory_format", lambda model, *_: model
+    )
     arguments = ["compress", *MODEL, "--macs", "0.5", "--epochs", "1", "--seed", "3"]
     for out in ("one", "two"):
         assert run(monkeypatch, *arguments, "--out", out) == 0
-    weights = [Path(out, "model.safetensors").read_bytes() for out in ("one", "two")]
-    # The faster memory format is measured, so only the values are sure to be the same.
-    from safetensors.torch import load
-
-    first, second = map(load, weights)
-    assert all((first[name] == second[name]).all() for name in first) or (
-        json.loads(Path("one/plan.json").read_text())["strides"]
-        != json.loads(Path("two/plan.json").read_text())["strides"]
-    )
+    first, second = (Path(out, "model.safetensors").read_bytes() for out in ("one", "two"))
+    assert first == second
 
 
 @pytest.mark.parametrize(
