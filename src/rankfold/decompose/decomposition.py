@@ -1,0 +1,85 @@
+"""What every decomposition has in common: what it answers, and the precision it is computed in."""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+
+from rankfold.decompose.weights import Weights, Whitening
+
+
+class Decomposition(ABC):
+    """A tensor as a few factors."""
+
+    @property
+    @abstractmethod
+    def ranks(self) -> tuple[int, ...]:
+        """The rank or ranks, in the order of the modes."""
+
+    @property
+    @abstractmethod
+    def n_parameters(self) -> int:
+        """Numbers held by the factors."""
+
+    @abstractmethod
+    def to_tensor(self) -> torch.Tensor:
+        """The factors multiplied out."""
+
+    @property
+    def batch_dims(self) -> int:
+        """Leading dimensions of the tensor that count its members and are no modes."""
+        return 0
+
+    def relative_error(self, tensor: torch.Tensor, weights: Weights | None = None) -> float:
+        """Norm of the difference relative to that of `tensor`, in float64 (0 for a zero tensor).
+
+        The Frobenius norm, or with `weights`, one matrix for each weighted mode, the norm that they
+        define (see `rankfold.decompose.weights`).
+        """
+        return relative_error(self.to_tensor(), tensor, weights, self.batch_dims)
+
+
+def relative_error(
+    approximation: torch.Tensor,
+    tensor: torch.Tensor,
+    weights: Weights | None = None,
+    batch_dims: int = 0,
+) -> float:
+    """Norm of the difference over that of `tensor`, in float64 (0 if both are 0)."""
+    whitening = Whitening.of(tensor.shape[batch_dims:], weights)
+    exact = tensor.detach().double()
+    difference = whitening.whiten(approximation.detach().double() - exact, batch_dims)
+    norm = torch.linalg.vector_norm(whitening.whiten(exact, batch_dims)).item()
+    distance = torch.linalg.vector_norm(difference).item()
+    return distance / norm if norm > 0 else distance
+
+
+def working_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32 (from half precision) or as it is (float32, float64), and finite.
+
+    Raises ValueError for other dtypes, NaN and infinity.
+    """
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        tensor = tensor.float()
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"decompositions take real floating-point tensors, not {tensor.dtype}")
+    if not all(math.isfinite(extreme.item()) for extreme in tensor.detach().aminmax()):
+        raise ValueError(f"the tensor of shape {shape(tensor)} holds NaN or infinity")
+    return tensor
+
+
+def shape(tensor: torch.Tensor) -> str:
+    """A shape as people write it: 64x32x3x3."""
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def to_unit_scale(tensor: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The tensor divided by the power of two at its greatest magnitude, and that power.
+
+    Squares then neither overflow nor vanish, and the division is exact.
+    """
+    greatest = tensor.abs().amax().item()
+    scale = 2.0 ** math.frexp(greatest)[1] if greatest > 0 else 1.0
+    if math.isinf(scale):
+        scale /= 2
+    return tensor / scale, scale
