@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankfold.decompose import TensorTrain, svd, tensor_train, tensor_train_matrix
-from rankfold.decompose.tucker import unfold
+from rankfold.decompose.unfolding import unfold
 from rankfold.errors import RankError
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}

@@ -10,13 +10,21 @@ from dataclasses import dataclass
 
 import torch
 
-from rankfold.decompose.matrix import SVD, relative_error, shape, svd, working_precision
+from rankfold.decompose.budget import Budget
+from rankfold.decompose.decomposition import (
+    Decomposition,
+    shape,
+    to_unit_scale,
+    working_precision,
+)
+from rankfold.decompose.matrix import leading_eigenvectors
+from rankfold.decompose.unfolding import gram, mode_product
+from rankfold.decompose.weights import Weights, Whitening
 from rankfold.errors import RankError
-from rankfold.ranks import tolerance_rank
 
 
 @dataclass(frozen=True)
-class TensorTrain:
+class TensorTrain(Decomposition):
     """tensor[i1, ..., id] ≈ cores[0][:, i1] cores[1][:, i2] ... cores[d-1][:, id]."""
 
     cores: tuple[torch.Tensor, ...]  # each (rank before, length of the mode, rank after)
@@ -40,10 +48,6 @@ class TensorTrain:
             tensor = torch.tensordot(tensor, core, dims=1)
         return tensor.reshape(self.shape)
 
-    def relative_error(self, tensor: torch.Tensor) -> float:
-        """Frobenius norm of the difference, relative to that of `tensor` (0 for a zero tensor)."""
-        return relative_error(self.to_tensor(), tensor)
-
     def norm(self) -> float:
         """The Frobenius norm of the tensor, from the cores alone."""
         return torch.linalg.vector_norm(self.right_orthogonal().cores[0].double()).item()
@@ -66,17 +70,17 @@ class TensorTrain:
         """
         limits = _limits(self.shape, ranks, tolerance)
         cores = list(self.right_orthogonal().cores)
-        budget = _Budget(torch.linalg.vector_norm(cores[0].double()).item(), tolerance)
+        cores[0], scale = to_unit_scale(cores[0])
+        budget = Budget.of(cores[0], tolerance)
         for k, limit in enumerate(limits):
-            found = _truncated(cores[k].flatten(0, 1), limit, budget, len(limits) - k)
-            cores[k] = found.u.reshape(*cores[k].shape[:2], -1)
-            carried = found.singular_values[:, None] * found.vh
+            left, carried = split_truncated(cores[k].flatten(0, 1), limit, budget, len(limits) - k)
+            cores[k] = left.reshape(*cores[k].shape[:2], -1)
             cores[k + 1] = torch.tensordot(carried, cores[k + 1], dims=1)
-        return TensorTrain(tuple(cores))
+        return TensorTrain((*cores[:-1], scale * cores[-1]))
 
 
 @dataclass(frozen=True)
-class TensorTrainMatrix:
+class TensorTrainMatrix(Decomposition):
     """A matrix whose rows and columns are split into modes, as a train of paired modes."""
 
     train: TensorTrain  # of the tensor (row mode x column mode) per pair
@@ -108,15 +112,13 @@ class TensorTrainMatrix:
         order = [*range(0, len(pairs), 2), *range(1, len(pairs), 2)]
         return tensor.permute(order).reshape(math.prod(self.row_modes), -1)
 
-    def relative_error(self, matrix: torch.Tensor) -> float:
-        """Frobenius norm of the difference, relative to that of `matrix` (0 for a zero matrix)."""
-        return relative_error(self.to_tensor(), matrix)
-
 
 def tensor_train(
     tensor: torch.Tensor,
     ranks: int | Sequence[int] | None = None,
     tolerance: float | None = None,
+    *,
+    weights: Weights | None = None,
 ) -> TensorTrain:
     """Tensor-train decomposition by a sweep of truncated SVDs (TT-SVD).
 
@@ -124,24 +126,30 @@ def tensor_train(
     `ranks` are at most these, one for all or d - 1 of them (larger ones are clipped to what each
     unfolding has); `tolerance` is the relative Frobenius error of the whole, shared out over the
     unfoldings, what one does not use going to the next; with neither the decomposition is exact.
-    Within a factor √(d - 1) of the best of its ranks. Raises RankError for impossible ranks,
-    ValueError for NaN, infinity, a tolerance outside [0, 1), or both ranks and tolerance.
+    Within a factor √(d - 1) of the best of its ranks. `weights`, one for each mode that has one,
+    define the norm of the error. All cores but the last have orthonormal columns (rank before x
+    length, rank after); with a weight, in its metric. Carries no gradient. Raises RankError for
+    impossible ranks, ValueError for NaN, infinity, weights that do not fit, a tolerance outside
+    [0, 1), or both ranks and tolerance.
     """
     if tensor.dim() < 2 or tensor.numel() == 0:
         raise RankError(f"tensor_train takes two modes or more, not a tensor {shape(tensor)}")
     limits = _limits(tensor.shape, ranks, tolerance)
-    work = working_precision(tensor)
-    budget = _Budget(torch.linalg.vector_norm(work.double()).item(), tolerance)
+    work = working_precision(tensor.detach())
+    whitening = Whitening.of(tensor.shape, weights)
+    rest, scale = to_unit_scale(whitening.whiten(work))
+    budget = Budget.of(rest, tolerance)
     cores = []
     before = 1
     for k, limit in enumerate(limits):
-        unfolding = work.reshape(before * tensor.shape[k], -1)
-        found = _truncated(unfolding, limit, budget, len(limits) - k)
-        cores.append(found.u.reshape(before, tensor.shape[k], -1))
-        work = found.singular_values[:, None] * found.vh
-        before = found.ranks[0]
-    cores.append(work.reshape(before, tensor.shape[-1], 1))
-    return TensorTrain(tuple(core.contiguous() for core in cores))
+        unfolding = rest.reshape(before * tensor.shape[k], -1)
+        left, rest = split_truncated(unfolding, limit, budget, len(limits) - k)
+        cores.append(left.reshape(before, tensor.shape[k], -1))
+        before = left.shape[1]
+    cores.append(scale * rest.reshape(before, tensor.shape[-1], 1))
+    for mode, inverse_root in whitening.inverse_roots.items():
+        cores[mode] = mode_product(cores[mode].double(), inverse_root, 1)
+    return TensorTrain(tuple(core.to(work.dtype).contiguous() for core in cores))
 
 
 def tensor_train_matrix(
@@ -150,11 +158,16 @@ def tensor_train_matrix(
     column_modes: Sequence[int],
     ranks: int | Sequence[int] | None = None,
     tolerance: float | None = None,
+    *,
+    row_weights: Weights | None = None,
+    column_weights: Weights | None = None,
 ) -> TensorTrainMatrix:
     """The tensor train of a matrix, mode k pairing `row_modes[k]` with `column_modes[k]`.
 
-    Ranks, tolerance and errors as in `tensor_train`. Raises RankError if the modes, equally many
-    and two or more, do not multiply to the sides of the matrix.
+    Ranks, tolerance and errors as in `tensor_train`. The weights are those of the single modes, by
+    their position in `row_modes` and `column_modes`: a weight of all rows or columns counts as far
+    as it is a Kronecker product. Raises RankError if the modes, equally many and two or more, do
+    not multiply to the sides of the matrix.
     """
     sides = (math.prod(row_modes), math.prod(column_modes))
     if matrix.shape != sides or len(row_modes) != len(column_modes) or len(row_modes) < 2:
@@ -165,28 +178,44 @@ def tensor_train_matrix(
     order = [axis for k in range(count) for axis in (k, count + k)]
     paired = matrix.reshape(*row_modes, *column_modes).permute(order)
     lengths = [r * c for r, c in zip(row_modes, column_modes, strict=True)]
-    train = tensor_train(paired.reshape(lengths), ranks, tolerance)
+    weights = _pair_weights(row_modes, column_modes, row_weights or {}, column_weights or {})
+    train = tensor_train(paired.reshape(lengths), ranks, tolerance, weights=weights)
     return TensorTrainMatrix(train, tuple(row_modes), tuple(column_modes))
 
 
-class _Budget:
-    """The squared error that is left to spend; None if ranks and not a tolerance decide."""
+def _pair_weights(
+    row_modes: Sequence[int], column_modes: Sequence[int], rows: Weights, columns: Weights
+) -> dict[int, torch.Tensor]:
+    """Weights of the paired modes: the Kronecker product of the row mode's and the column mode's."""
+    Whitening.of(row_modes, rows)  # refuses what does not fit, by the mode it was given for
+    Whitening.of(column_modes, columns)
+    weights = {}
+    for k in sorted(rows.keys() | columns.keys()):
+        given = rows.get(k, columns.get(k))
+        assert given is not None
+        of_row = rows.get(k, torch.eye(row_modes[k], device=given.device)).double()
+        of_column = columns.get(k, torch.eye(column_modes[k], device=given.device)).double()
+        weights[k] = torch.kron(of_row, of_column)
+    return weights
 
-    def __init__(self, norm: float, tolerance: float | None) -> None:
-        self.left = None if tolerance is None else (tolerance * norm) ** 2
 
+def split_truncated(
+    matrix: torch.Tensor, limit: int, budget: Budget, truncations_left: float = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal columns and the rest, left @ rest ≈ matrix, as in a truncated SVD.
 
-def _truncated(unfolding: torch.Tensor, limit: int, budget: _Budget, steps_left: int) -> SVD:
-    """The SVD of an unfolding at `limit`, or at the least rank within its share of the budget."""
-    found = svd(unfolding)
-    if budget.left is None:
-        return found.truncate(min(limit, found.ranks[0]))
-    energy = found.singular_values.double().square()
-    total = energy.sum().item()
-    share = min(budget.left / steps_left / total, 1 - 1e-12) if total else 0.0
-    rank = tolerance_rank(found.singular_values, math.sqrt(share))
-    budget.left -= energy[rank:].sum().item()
-    return found.truncate(rank)
+    At the rank `limit`, or the least within the budget's share. From the Gram matrix of the shorter
+    side in float64, where its digits are enough: it costs a fraction of the SVD.
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    if not wide or matrix.dtype == torch.float64 and not budget.is_coarse(matrix):
+        u, singular_values, vh = torch.linalg.svd(matrix, full_matrices=False)
+        rank = budget.truncate(singular_values.square(), limit, truncations_left)
+        return u[:, :rank], singular_values[:rank, None] * vh[:rank]
+    eigenvalues, vectors = leading_eigenvectors(gram(matrix.double()))
+    rank = budget.truncate(eigenvalues, limit, truncations_left)
+    left = vectors[:, :rank].to(matrix.dtype)
+    return left, left.mT @ matrix
 
 
 def _limits(
