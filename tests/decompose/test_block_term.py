@@ -24,9 +24,7 @@ def blocks_of(shape: tuple[int, ...], ranks: tuple[int, ...], count: int, seed: 
 def test_it_is_the_sum_of_its_blocks(seed, count) -> None:
     found = block_term(tensor_of((6, 5, 4), seed=seed), (2, 2, 2), count, iterations=3)
     assert len(found.blocks) == count and found.ranks == (2, 2, 2) and found.modes == (0, 1, 2)
-    torch.testing.assert_close(
-        found.to_tensor(), sum(block.to_tensor() for block in found.blocks)
-    )
+    torch.testing.assert_close(found.to_tensor(), sum(block.to_tensor() for block in found.blocks))
     assert found.n_parameters == count * (8 + 2 * (6 + 5 + 4))
     for block in found.blocks:
         for factor in block.factors:

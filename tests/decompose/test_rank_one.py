@@ -25,9 +25,7 @@ def test_of_a_matrix_it_is_the_svd(rows, columns, seed, data) -> None:
 def test_smaller_ranks_are_its_leading_terms(shape, seed) -> None:
     tensor = tensor_of(shape, seed=seed)
     found = rank_one_terms(tensor, 2)
-    torch.testing.assert_close(
-        found.truncate(1).to_tensor(), rank_one_terms(tensor, 1).to_tensor()
-    )
+    torch.testing.assert_close(found.truncate(1).to_tensor(), rank_one_terms(tensor, 1).to_tensor())
 
 
 @given(shapes, seeds)

@@ -205,7 +205,5 @@ def _with_better_cores(
         size, previous = rest.square().sum(), size
         direction = rest + (size / previous) * direction
     squared = total - (cores * (2 * right - image)).sum().item()
-    better = [
-        Tucker(core, block.factors, modes) for core, block in zip(cores, blocks, strict=True)
-    ]
+    better = [Tucker(core, block.factors, modes) for core, block in zip(cores, blocks, strict=True)]
     return better, squared

@@ -64,9 +64,7 @@ def randomized_svd(
         least = 10 * torch.finfo(work.dtype).eps
         if not least <= tolerance < 1:
             raise ValueError(f"tolerance must lie in [{least:.1e}, 1), not {tolerance}")
-        find = partial(
-            _within, tolerance=tolerance, iterations=iterations, generator=generator
-        )
+        find = partial(_within, tolerance=tolerance, iterations=iterations, generator=generator)
     return in_metric(find, work, weights)
 
 

@@ -30,9 +30,7 @@ def symmetric_roots(matrix: torch.Tensor, floor: float = 1e-12) -> SymmetricRoot
     return SymmetricRoots((vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT, raised)
 
 
-def floored_eigh(
-    matrix: torch.Tensor, floor: float
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+def floored_eigh(matrix: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Eigenvalues (ascending, none below the floor), eigenvectors, and how many were raised."""
     if not 0 < floor <= 1:
         raise ValueError(f"floor must lie in (0, 1], not {floor}")
@@ -41,7 +39,9 @@ def floored_eigh(
     greatest = eigenvalues[..., -1:]
     if (eigenvalues[..., :1] < -_ROUNDING * checked.abs().amax((-2, -1))[..., None]).any():
         least = eigenvalues[..., 0].min().item()
-        raise ValueError(f"a matrix is not positive semidefinite: it has the eigenvalue {least:.3g}")
+        raise ValueError(
+            f"a matrix is not positive semidefinite: it has the eigenvalue {least:.3g}"
+        )
     least = torch.where(greatest > 0, floor * greatest, 1)
     raised = int((eigenvalues < least).sum())
     return torch.maximum(eigenvalues, least), vectors, raised

@@ -91,7 +91,9 @@ def tall_skinny_svd(
 class _Source:
     """Row blocks of a tall matrix that can be gone through more than once."""
 
-    def __init__(self, first: Iterable[torch.Tensor], spool: BinaryIO | None, spooled: bool) -> None:
+    def __init__(
+        self, first: Iterable[torch.Tensor], spool: BinaryIO | None, spooled: bool
+    ) -> None:
         self._first = first
         self._spool = spool
         self._spooled = spooled
@@ -192,7 +194,9 @@ class _Slices:
 def _is_whole_file(matrix: torch.Tensor | np.ndarray) -> bool:
     return (
         isinstance(matrix, np.memmap)
-        and isinstance(matrix.base, mmap.mmap)  # and no view of another, whose offset is not its own
+        and isinstance(
+            matrix.base, mmap.mmap
+        )  # and no view of another, whose offset is not its own
         and matrix.flags.c_contiguous
         and matrix.mode != "c"  # changes of a copy-on-write map are not in the file
         and matrix.filename is not None
@@ -254,18 +258,14 @@ def _long_vectors(
         turn = _refined(source, turn, values > epsilon * values[0])
     elif not cancels:
         turn = turn.to(source.dtype)
-    blocks = (
-        (block.to(turn.dtype) @ turn).to(block.dtype) for block in source.again()
-    )
+    blocks = ((block.to(turn.dtype) @ turn).to(block.dtype) for block in source.again())
     if u_file is None:
         return torch.cat(list(blocks))
     with Path(u_file).open("wb") as file:
         for block in blocks:
             block.cpu().numpy().tofile(file)
     size = (source.rows, turn.shape[1])
-    mapped = torch.from_file(
-        str(u_file), shared=True, size=size[0] * size[1], dtype=source.dtype
-    )
+    mapped = torch.from_file(str(u_file), shared=True, size=size[0] * size[1], dtype=source.dtype)
     return mapped.reshape(size)
 
 

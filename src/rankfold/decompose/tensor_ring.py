@@ -256,9 +256,7 @@ def _product(
     ends = [torch.eye(size).to(shared)[:, None, :] for size in shared.shape[1:]]
     before = chain([ends[0], *(cores[n] for n in group if n < mode)])
     after = chain([*(cores[n] for n in group if n > mode), ends[1]])
-    split = shared.reshape(
-        before.shape[1], -1, after.shape[1], shared.shape[1], shared.shape[2]
-    )
+    split = shared.reshape(before.shape[1], -1, after.shape[1], shared.shape[1], shared.shape[2])
     return torch.einsum("anbij,iap,qbj->pnq", split, before, after)
 
 

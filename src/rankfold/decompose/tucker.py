@@ -141,9 +141,7 @@ class _Request:
     batch_dims: int
 
 
-def _decompose(
-    tensor: torch.Tensor, request: _Request
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _decompose(tensor: torch.Tensor, request: _Request) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Core and factors, in the order of the modes.
 
     In float32 if the tensor is, and cut so deeply that float32 sees all of the error.
@@ -187,9 +185,7 @@ def _squared_norm(tensor: torch.Tensor) -> float:
     return rows.double().square().sum().item()
 
 
-def _st_hosvd(
-    tensor: torch.Tensor, request: _Request
-) -> tuple[dict[int, torch.Tensor], float]:
+def _st_hosvd(tensor: torch.Tensor, request: _Request) -> tuple[dict[int, torch.Tensor], float]:
     """One factor per mode, each for what the ones before leave, and the squared norm kept.
 
     Short modes first.

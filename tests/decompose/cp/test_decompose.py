@@ -61,9 +61,7 @@ def test_of_a_matrix_it_is_as_good_as_the_svd(rows, columns, algorithm, seed, da
 def test_no_worse_than_tensorly_from_the_same_start(shape, seed, rank) -> None:
     tensor = tensor_of(shape, seed=seed)
     rank = min(rank, tensor.numel() // max(shape))
-    weights, factors = parafac(
-        tensor, rank, n_iter_max=50, init="random", tol=0, random_state=seed
-    )
+    weights, factors = parafac(tensor, rank, n_iter_max=50, init="random", tol=0, random_state=seed)
     start = from_factors([factors[0] * weights, *factors[1:]])
     peer = start.relative_error(tensor)
     for algorithm in ("als", "nls"):

@@ -147,9 +147,7 @@ def _started(
 
 def _finished(factors: list[torch.Tensor], scale: float, dtype: torch.dtype) -> CP:
     found = from_factors(factors)
-    return CP(
-        (found.norms * scale).to(dtype), tuple(factor.to(dtype) for factor in found.factors)
-    )
+    return CP((found.norms * scale).to(dtype), tuple(factor.to(dtype) for factor in found.factors))
 
 
 @dataclass(frozen=True)

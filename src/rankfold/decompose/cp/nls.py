@@ -77,9 +77,7 @@ class _Linearised:
         grams = [gramian(factor) for factor in factors]
         modes = range(len(factors))
         self.diagonal = torch.stack([product_of_others(grams, n) for n in modes])
-        self.cross = {
-            (n, m): product_of_others(grams, n, m) for n in modes for m in modes if n < m
-        }
+        self.cross = {(n, m): product_of_others(grams, n, m) for n in modes for m in modes if n < m}
         self.scale = self.diagonal.diagonal(dim1=1, dim2=2).mean().item()
 
     def product(self, step: torch.Tensor) -> torch.Tensor:
@@ -89,9 +87,7 @@ class _Linearised:
         rows = []
         for n, (part, factor) in enumerate(zip(parts, self.factors, strict=True)):
             mixed = sum(
-                self.cross[min(n, m), max(n, m)] * turned[m]
-                for m in range(len(parts))
-                if m != n
+                self.cross[min(n, m), max(n, m)] * turned[m] for m in range(len(parts)) if m != n
             )
             rows.append(part @ self.diagonal[n] + factor @ mixed)
         return torch.cat(rows)

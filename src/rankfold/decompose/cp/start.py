@@ -31,16 +31,12 @@ def start_factors(
     raise ValueError(f"start must be hosvd, random, eigenvalue or a CP, not {start!r}")
 
 
-def gaussian(
-    size: Sequence[int], like: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def gaussian(size: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Drawn on the CPU, so that a seed means the same on every device."""
     return torch.randn(*size, dtype=torch.float64, generator=generator).to(like.device)
 
 
-def _by_hosvd(
-    tensor: torch.Tensor, rank: int, generator: torch.Generator
-) -> list[torch.Tensor]:
+def _by_hosvd(tensor: torch.Tensor, rank: int, generator: torch.Generator) -> list[torch.Tensor]:
     factors = []
     for mode, length in enumerate(tensor.shape):
         vectors = leading_eigenvectors(mode_gram(tensor, mode))[1][:, :rank]
@@ -103,9 +99,7 @@ def exact_factors(tensor: torch.Tensor) -> list[torch.Tensor]:
     return factors
 
 
-def compress(
-    tensor: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+def compress(tensor: torch.Tensor, rank: int) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """The tensor in the leading singular vectors of the modes that are longer than the rank.
 
     The factors of a tensor of this rank lie in these subspaces (CANDELINC: Carroll, Pruzansky,
