@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -48,7 +50,7 @@ def test_every_sweep_lowers_the_error_and_so_does_a_block(seed) -> None:
         block_term(tensor, (2, 2, 2), 2, iterations=n, improvement=0).relative_error(tensor)
         for n in (0, 1, 5, 20)
     ]
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         assert after <= before + 1e-9
     assert errors[0] <= tucker(tensor, (2, 2, 2)).relative_error(tensor) + 1e-9
 

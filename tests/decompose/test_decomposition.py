@@ -299,7 +299,7 @@ def test_weights_that_do_not_fit_are_refused(case) -> None:
 
 @each
 def test_modes_of_length_one(case) -> None:
-    if case.exact is None or "svd" in CASES and case is CASES["randomized_svd"]:
+    if case.exact is None or ("svd" in CASES and case is CASES["randomized_svd"]):
         pytest.skip("asks for more than one rank")
     for mode in range(len(case.shape)):
         shape = [*case.shape[:mode], 1, *case.shape[mode + 1 :]]

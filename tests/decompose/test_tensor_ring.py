@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,7 +56,7 @@ def test_every_sweep_lowers_the_error(shape, seed, data) -> None:
         tensor_ring(tensor, ranks, iterations=n, improvement=0).relative_error(tensor)
         for n in (0, 1, 5, 20)
     ]
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         assert after <= before + 1e-7
 
 
@@ -101,7 +103,7 @@ def test_impossible_ranks_are_refused(ranks) -> None:
 
 def test_what_makes_no_sense_is_refused() -> None:
     tensor = tensor_of((3, 4, 5))
-    with pytest.raises(RankError, match="ranks 5 and 5 around mode 0 .* 20 entries .* of 3x4x5"):
+    with pytest.raises(RankError, match=r"ranks 5 and 5 around mode 0 .* 20 entries .* of 3x4x5"):
         tensor_ring(tensor, 5)
     with pytest.raises(ValueError, match="starts"):
         tensor_ring(tensor, 2, starts=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -89,7 +90,7 @@ def svd(
         raise RankError(f"svd takes a non-empty matrix, not a tensor of shape {shape(matrix)}")
     if rank is not None:
         check_rank(rank, min(matrix.shape[-2:]))
-    decomposed = in_metric(_untruncated, working_precision(matrix), weights)
+    decomposed = in_metric(partial(_leading, rank=rank), working_precision(matrix), weights)
     values = decomposed.singular_values.detach().reshape(-1, decomposed.ranks[0])
     if energy is not None:
         rank = max(energy_rank(member, energy) for member in values)
@@ -132,25 +133,27 @@ def check_rank(rank: int, full: int) -> None:
         raise RankError(f"rank {rank} is outside 1..{full}")
 
 
-def _untruncated(matrix: torch.Tensor) -> SVD:
+def _leading(matrix: torch.Tensor, rank: int | None) -> SVD:
+    """The SVD, with no more vectors than `rank` where fewer cost less."""
     if matrix.dtype == torch.float64 or matrix.requires_grad:
         return SVD(*torch.linalg.svd(matrix, full_matrices=False))
     if matrix.shape[-2] <= matrix.shape[-1]:
-        return _svd_by_row_gram(matrix)
-    flipped = _svd_by_row_gram(matrix.mT)
+        return _svd_by_row_gram(matrix, rank)
+    flipped = _svd_by_row_gram(matrix.mT, rank)
     return SVD(flipped.vh.mT, flipped.singular_values, flipped.u.mT)
 
 
-def _svd_by_row_gram(wide: torch.Tensor) -> SVD:
+def _svd_by_row_gram(wide: torch.Tensor, rank: int | None) -> SVD:
     """SVD of float32 matrices with no more rows than columns, through wide @ wide.T."""
     double = wide.double()
-    _, u = leading_eigenvectors(gram(double))
+    u = leading_eigenvectors(gram(double))[1][..., :rank]
     projected = u.mT @ double
     singular_values = torch.linalg.vector_norm(projected, dim=-1)
     order = singular_values.argsort(dim=-1, descending=True, stable=True)
     singular_values = singular_values.take_along_dim(order, -1)
-    u = u.take_along_dim(order[..., None, :], -1)
-    projected = projected.take_along_dim(order[..., None], -2)
+    if (order.diff(dim=-1) != 1).any():  # only rounding can have changed the order
+        u = u.take_along_dim(order[..., None, :], -1)
+        projected = projected.take_along_dim(order[..., None], -2)
     vh = projected / torch.where(singular_values > 0, singular_values, 1)[..., None]
     if (singular_values[..., -1] < _WELL_CONDITIONED * singular_values[..., 0]).any():
         # Rows of small singular values lean on those of large ones: orthogonalise in that order.

@@ -22,7 +22,7 @@ def randomized_svd(
     rank: int | None = None,
     *,
     tolerance: float | None = None,
-    oversampling: int = 10,
+    oversampling: int | None = None,
     iterations: int = 2,
     block_krylov: bool = True,
     weights: Weights | None = None,
@@ -33,10 +33,11 @@ def randomized_svd(
     `matrix` is (..., rows, columns), float16 to float64 (half precision is computed in float32).
     Give either `rank` or `tolerance`, the relative Frobenius error to keep, for which the rank is
     grown until it is kept (by every member of a batch) and then cut to the least that keeps it. The
-    sketch holds `oversampling` columns more than the rank and is sharpened by `iterations` products
-    with matrix @ matrix.T, re-orthonormalised in between. `block_krylov` keeps the blocks of all
-    iterations instead of the last alone: the same number of products and a smaller error, in
-    return for memory of `iterations` further blocks. `weights` are those of `svd`. The same seed
+    sketch is sharpened by `iterations` products with matrix @ matrix.T, re-orthonormalised in
+    between. `block_krylov` keeps the blocks of all iterations instead of the last alone: the same
+    number of products (less one) and a smaller error, for memory of `iterations` further blocks.
+    The sketch holds `oversampling` columns more than the rank: 10 by default, and none where
+    further blocks do as much. `weights` are those of `svd`. The same seed
     gives the same result. Carries no gradient. For small matrices, or ranks near full, `svd` is
     faster and exact. Raises RankError for an impossible rank, ValueError for NaN, infinity, or
     neither or both of rank and tolerance.
@@ -45,18 +46,20 @@ def randomized_svd(
         raise RankError(f"randomized_svd takes a non-empty matrix, not {shape(matrix)}")
     if (rank is None) == (tolerance is None):
         raise ValueError("give either a rank or a tolerance")
-    if oversampling < 0 or iterations < 0:
+    if (oversampling or 0) < 0 or iterations < 0:
         raise ValueError("oversampling and iterations must not be negative")
     work = working_precision(matrix.detach())
     generator = torch.Generator(work.device).manual_seed(seed)
     if rank is not None:
         check_rank(rank, min(work.shape[-2:]))
+        krylov = block_krylov and iterations > 0
+        if oversampling is None:
+            oversampling = 0 if krylov else 10
         find = partial(
-            _of_rank,
+            _by_block_krylov if krylov else _by_power,
             rank=rank,
-            oversampling=oversampling,
+            width=min(rank + oversampling, *work.shape[-2:]),
             iterations=iterations,
-            block_krylov=block_krylov,
             generator=generator,
         )
     else:
@@ -103,34 +106,42 @@ def _orthonormal_to(basis: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     return block
 
 
-def _of_rank(
-    matrix: torch.Tensor,
-    rank: int,
-    oversampling: int,
-    iterations: int,
-    block_krylov: bool,
-    generator: torch.Generator,
+def _by_power(
+    matrix: torch.Tensor, rank: int, width: int, iterations: int, generator: torch.Generator
 ) -> SVD:
-    full = min(matrix.shape[-2:])
-    width = min(rank + oversampling, full)
-    basis = block = _orthonormal(matrix @ _gaussian(matrix, width, generator))
-    projected = block.mT @ matrix  # of the whole basis, (..., size of the basis, columns)
+    """From the last of 2 iterations + 1 products with a random block (Halko et al. 2011)."""
+    basis = _orthonormal(matrix @ _gaussian(matrix, width, generator))
     for _ in range(iterations):
-        # The rows of the last block span the same as those of any basis of them.
-        block = matrix @ _orthonormal(projected[..., -block.shape[-1] :, :].mT)
-        if not block_krylov:
-            basis = block = _orthonormal(block)
-            projected = block.mT @ matrix
-        elif basis.shape[-1] < full:
-            block = _orthonormal_to(basis, block[..., : full - basis.shape[-1]])
-            basis = torch.cat([basis, block], dim=-1)
-            projected = torch.cat([projected, block.mT @ matrix], dim=-2)
-    return _from_projection(basis, projected).truncate(rank)
+        basis = _orthonormal(matrix @ _orthonormal(matrix.mT @ basis))
+    return _from_projection(basis, basis.mT @ matrix, rank)
 
 
-def _from_projection(basis: torch.Tensor, projected: torch.Tensor) -> SVD:
+def _by_block_krylov(
+    matrix: torch.Tensor, rank: int, width: int, iterations: int, generator: torch.Generator
+) -> SVD:
+    """From a random block and what matrix.T @ matrix makes of it, again and again.
+
+    The products with the matrix that build the basis of the row space are also those that the
+    decomposition is made of, so that it costs one product less than power iteration.
+    """
+    basis = _orthonormal(_gaussian(matrix, width, generator))
+    images = [matrix @ basis]
+    for _ in range(iterations):
+        room = matrix.shape[-1] - basis.shape[-1]
+        if room == 0:
+            break
+        # The columns of an image span the same as those of any basis of them.
+        block = matrix.mT @ _orthonormal(images[-1])
+        block = _orthonormal_to(basis, block[..., :room])
+        basis = torch.cat([basis, block], dim=-1)
+        images.append(matrix @ block)
+    small = svd(torch.cat(images, dim=-1), rank)
+    return SVD(small.u, small.singular_values, small.vh @ basis.mT)
+
+
+def _from_projection(basis: torch.Tensor, projected: torch.Tensor, rank: int | None = None) -> SVD:
     """The SVD of basis @ projected, for orthonormal columns and projected = basis.T @ matrix."""
-    small = svd(projected)
+    small = svd(projected, rank)
     return SVD(basis @ small.u, small.singular_values, small.vh)
 
 

@@ -13,7 +13,7 @@ import mmap
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from rankfold.decompose.matrix import SVD, check_rank, svd
 from rankfold.decompose.weights import Weights, Whitening
 from rankfold.errors import RankError
 
-Blocks = torch.Tensor | np.ndarray | Iterable[torch.Tensor | np.ndarray]
+Block = torch.Tensor | np.ndarray
+Blocks = Block | Iterable[Block]
 _NUMBERS_PER_BLOCK = 2**22
 # Rows and columns of a piece of a Gram matrix's product that stays in the processor's cache.
 _ROWS_IN_CACHE = 4096
@@ -51,10 +52,10 @@ def tall_skinny_svd(
     side takes none.
 
     Without `long_vectors` there is one pass over the blocks, nothing the length of the long side is
-    kept, and `u` has no rows (for a wide matrix `vh` no columns). With `u_file` the singular vectors
-    of the long side, and what an iterator yields meanwhile, are kept in files instead of memory:
-    `u` (for a wide matrix `vh.mT`) is then mapped to this one, numbers in row order without a
-    header. Those of singular values above machine epsilon times the greatest are orthonormal, to
+    kept, and `u` has no rows (for a wide matrix `vh` no columns). With `u_file` the singular
+    vectors of the long side, and what an iterator yields meanwhile, are kept in files instead of
+    memory: `u` (for a wide matrix `vh.mT`) is then mapped to this one, numbers in row order without
+    a header. Those of singular values above machine epsilon times the greatest are orthonormal, to
     the root of machine epsilon at worst. Carries no gradient. Raises RankError for an impossible
     rank or shape, ValueError for NaN, infinity, blocks that do not fit each other, weights that do
     not fit, or more than one of rank, energy and tolerance.
@@ -91,9 +92,7 @@ def tall_skinny_svd(
 class _Source:
     """Row blocks of a tall matrix that can be gone through more than once."""
 
-    def __init__(
-        self, first: Iterable[torch.Tensor], spool: BinaryIO | None, spooled: bool
-    ) -> None:
+    def __init__(self, first: Iterable[Block], spool: BinaryIO | None, spooled: bool) -> None:
         self._first = first
         self._spool = spool
         self._spooled = spooled
@@ -113,7 +112,8 @@ class _Source:
         once = iter(matrix) is matrix
         spool = None
         if once and u_file is not None:
-            spool = tempfile.TemporaryFile(dir=Path(u_file).absolute().parent)
+            # Closed with the source.
+            spool = tempfile.TemporaryFile(dir=Path(u_file).absolute().parent)  # noqa: SIM115
         return _Source(matrix, spool, once)
 
     def __enter__(self) -> "_Source":
@@ -164,9 +164,7 @@ class _Source:
 class _Slices:
     """A matrix as blocks along its long side."""
 
-    def __init__(
-        self, matrix: torch.Tensor | np.ndarray, wide: bool, block_rows: int | None
-    ) -> None:
+    def __init__(self, matrix: Block, wide: bool, block_rows: int | None) -> None:
         self.matrix = matrix
         self.wide = wide
         short, self.long = sorted(matrix.shape)
@@ -178,32 +176,32 @@ class _Slices:
             if self.wide:
                 yield _as_tensor(self.matrix[:, start:end]).mT
             elif _is_whole_file(self.matrix):
-                yield torch.from_numpy(self._from_file(start, end))
+                yield torch.from_numpy(_rows_of_file(self.matrix, start, end))
             else:
                 yield _as_tensor(self.matrix[start:end])
 
-    def _from_file(self, start: int, end: int) -> np.ndarray:
-        """Rows read and not mapped: pages once touched would stay in memory."""
-        matrix = self.matrix
-        columns = matrix.shape[1]
-        offset = matrix.offset + start * columns * matrix.itemsize
-        count = (end - start) * columns
-        return np.fromfile(matrix.filename, matrix.dtype, count, offset=offset).reshape(-1, columns)
+
+def _rows_of_file(matrix: np.memmap, start: int, end: int) -> np.ndarray:
+    """Rows read and not mapped: pages once touched would stay in memory."""
+    assert matrix.filename is not None
+    columns = matrix.shape[1]
+    offset = matrix.offset + start * columns * matrix.itemsize
+    count = (end - start) * columns
+    return np.fromfile(matrix.filename, matrix.dtype, count, offset=offset).reshape(-1, columns)
 
 
-def _is_whole_file(matrix: torch.Tensor | np.ndarray) -> bool:
+def _is_whole_file(matrix: Block) -> TypeGuard[np.memmap]:
     return (
         isinstance(matrix, np.memmap)
-        and isinstance(
-            matrix.base, mmap.mmap
-        )  # and no view of another, whose offset is not its own
+        # A view of another map would not have its own offset.
+        and isinstance(matrix.base, mmap.mmap)
         and matrix.flags.c_contiguous
         and matrix.mode != "c"  # changes of a copy-on-write map are not in the file
         and matrix.filename is not None
     )
 
 
-def _as_tensor(block: torch.Tensor | np.ndarray) -> torch.Tensor:
+def _as_tensor(block: Block) -> torch.Tensor:
     if isinstance(block, torch.Tensor):
         return block
     return torch.from_numpy(block if block.flags.writeable else np.array(block))

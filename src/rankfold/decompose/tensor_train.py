@@ -186,7 +186,7 @@ def tensor_train_matrix(
 def _pair_weights(
     row_modes: Sequence[int], column_modes: Sequence[int], rows: Weights, columns: Weights
 ) -> dict[int, torch.Tensor]:
-    """Weights of the paired modes: the Kronecker product of the row mode's and the column mode's."""
+    """Weights of the paired modes: Kronecker products of the row mode's and the column mode's."""
     Whitening.of(row_modes, rows)  # refuses what does not fit, by the mode it was given for
     Whitening.of(column_modes, columns)
     weights = {}
@@ -208,7 +208,7 @@ def split_truncated(
     side in float64, where its digits are enough: it costs a fraction of the SVD.
     """
     wide = matrix.shape[0] <= matrix.shape[1]
-    if not wide or matrix.dtype == torch.float64 and not budget.is_coarse(matrix):
+    if not wide or (matrix.dtype == torch.float64 and not budget.is_coarse(matrix)):
         u, singular_values, vh = torch.linalg.svd(matrix, full_matrices=False)
         rank = budget.truncate(singular_values.square(), limit, truncations_left)
         return u[:, :rank], singular_values[:rank, None] * vh[:rank]

@@ -58,7 +58,7 @@ def cholesky(matrix: torch.Tensor, floor: float = 1e-12) -> Cholesky:
 
 
 def solve_normal(normal: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
-    """product @ normal^-1, for a symmetric positive semidefinite matrix of normal equations.
+    """The x of x @ normal = product, for the symmetric positive semidefinite normal equations.
 
     Directions that are lost in rounding are damped, so that they take no part.
     """

@@ -24,7 +24,6 @@ from rankfold.decompose.unfolding import mode_gram, mode_product, project
 from rankfold.decompose.weights import Weights, Whitening
 from rankfold.errors import RankError
 
-
 # Up to this length all eigenvectors of a mode cost less than iterating towards the leading ones.
 _SHORT = 128
 # How far each update of a factor is followed beyond itself, as a share of the step.

@@ -50,7 +50,7 @@ def mode_gram(tensor: torch.Tensor, mode: int, batch_dims: int = 0) -> torch.Ten
 
 
 def gram(matrix: torch.Tensor) -> torch.Tensor:
-    """matrix @ matrix.mT, each inner product of two rows of blocks computed once."""
+    """The product matrix @ matrix.mT, each inner product of two rows of blocks computed once."""
     rows = matrix.shape[-2]
     if rows < 2 * _BLOCK:
         return matrix @ matrix.mT

@@ -1,3 +1,5 @@
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ def test_every_sweep_lowers_the_error(shape, rank, seed) -> None:
     target = Target(tensor_of(shape, seed=seed))
     factors = [tensor_of((length, rank), seed=seed + k) for k, length in enumerate(shape)]
     errors = [error(target, alternate(target, factors, sweeps, 0)) for sweeps in (1, 2, 5, 20)]
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         assert after <= before + 1e-7
 
 

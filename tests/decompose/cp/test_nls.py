@@ -1,3 +1,5 @@
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,7 +55,7 @@ def test_every_step_lowers_the_error(shape, rank, seed) -> None:
     target = Target(tensor_of(shape, seed=seed))
     factors = [tensor_of((length, rank), seed=seed + k) for k, length in enumerate(shape)]
     errors = [error(target, gauss_newton(target, factors, steps, 0)) for steps in (0, 1, 3, 10)]
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         assert after <= before + 1e-12
 
 

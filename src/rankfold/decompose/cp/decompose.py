@@ -109,7 +109,8 @@ def error_preserving_correction(
     layer cannot be fine-tuned. `error` is the relative error allowed, by default that of the
     decomposition; where terms cancel, half a percent more allows far smaller ones. A decomposition
     that exceeds `error` comes back as it is. At most `iterations` sweeps, until one lowers the
-    sensitivity by less than the share `improvement`. Carries no gradient. Raises ValueError for NaN, infinity, or shapes that differ.
+    sensitivity by less than the share `improvement`. Carries no gradient. Raises ValueError for
+    NaN, infinity, or shapes that differ.
     """
     if tuple(factor.shape[0] for factor in decomposition.factors) != tensor.shape:
         raise ValueError(f"the decomposition is not one of a tensor of shape {shape(tensor)}")

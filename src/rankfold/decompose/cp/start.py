@@ -53,7 +53,7 @@ def _by_eigenvalue(
 
     In the compressed tensor, `rank` long in two modes, two random mixtures of the slices along the
     others are A D1 Bᵀ and A D2 Bᵀ with the same A and B: A holds the eigenvectors of one times the
-    inverse of the other. The rest of each term is the rank-one approximation of what A leaves of it.
+    inverse of the other. The rest of each term is the rank-one approximation of what A leaves.
     """
     longest = sorted(range(tensor.dim()), key=lambda mode: -tensor.shape[mode])[:2]
     if tensor.dim() < 3 or min(tensor.shape[mode] for mode in longest) < rank:
