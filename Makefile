@@ -3,7 +3,7 @@
 PYTHON ?= python3
 INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test examples clean
+.PHONY: demo test examples decompositions clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/rankfold demo --threads 2 --force
@@ -14,10 +14,14 @@ test: .venv-test/installed
 	.venv-test/bin/mypy
 	.venv-test/bin/pytest
 
-# The pretrained networks: minutes each. EasyOCR's own requirements (torchvision, OpenCV) are left out.
-examples: .venv-examples/installed
-	.venv-examples/bin/python examples/scene_text.py
-	.venv-examples/bin/python examples/text_detector.py
+# The pretrained networks: minutes each.
+examples: .venv-bench/installed
+	.venv-bench/bin/python examples/scene_text.py
+	.venv-bench/bin/python examples/text_detector.py
+
+# Every decomposition beside other libraries': half an hour.
+decompositions: .venv-bench/installed
+	.venv-bench/bin/python benchmarks/decompositions.py
 
 .venv-demo/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-demo
@@ -29,11 +33,12 @@ examples: .venv-examples/installed
 	.venv-test/bin/python $(INSTALL) -e '.[test]'
 	touch $@
 
-.venv-examples/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-examples
-	.venv-examples/bin/python $(INSTALL) -e '.[bench]'
-	.venv-examples/bin/python $(INSTALL) --no-deps easyocr==1.7.2
+# EasyOCR's own requirements (torchvision, OpenCV) are left out.
+.venv-bench/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python $(INSTALL) -e '.[bench]'
+	.venv-bench/bin/python $(INSTALL) --no-deps easyocr==1.7.2
 	touch $@
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-examples rankfold-demo rankfold-demo.recovery.pt
+	rm -rf .venv-demo .venv-test .venv-bench rankfold-demo rankfold-demo.recovery.pt

@@ -110,12 +110,12 @@ def tucker(
     work = working_precision(tensor.detach())
     whitening = Whitening.of(lengths, weights)
     scaled, scale = to_unit_scale(whitening.whiten(work, batch_dims))
-    # Modes that stay come first: products with the last ones need no permuted copies.
-    order = [*(mode for mode in range(len(lengths)) if mode not in modes), *modes]
+    # The first and the last mode of a tensor are multiplied in one product, without a copy.
+    order = [*modes[:1], *(mode for mode in range(len(lengths)) if mode not in modes), *modes[1:]]
     axes = [*range(batch_dims), *(batch_dims + mode for mode in order)]
     moved = scaled.permute(axes).contiguous()
-    chosen = range(len(order) - len(modes), len(order))
-    request = _Request(tuple(chosen), ranks, tolerance, sweeps, improvement, batch_dims)
+    chosen = tuple(order.index(mode) for mode in modes)
+    request = _Request(chosen, ranks, tolerance, sweeps, improvement, batch_dims)
     core, factors = _decompose(moved, request)
     core = scale * core.permute([axes.index(axis) for axis in range(len(axes))])
     for mode in whitening.roots.keys() - set(modes):
@@ -266,8 +266,10 @@ def _towards_leading(gram: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 def _beyond(factor: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     """A little further on the way from one orthonormal factor to the other."""
-    step = update - factor @ (factor.mT @ update)
-    return torch.linalg.qr(update + _MOMENTUM * step).Q
+    further = update + _MOMENTUM * (update - factor @ (factor.mT @ update))
+    # Nearly orthonormal as they are, so that the Cholesky factor of their Gram matrix is exact.
+    triangle = torch.linalg.cholesky(further.mT @ further)
+    return torch.linalg.solve_triangular(triangle, further.mT, upper=False).mT
 
 
 def _trim(
