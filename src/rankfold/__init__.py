@@ -23,6 +23,7 @@ from rankfold.errors import (
     PlanError,
     RankError,
     RankfoldError,
+    TensorError,
     UnsupportedLayerError,
 )
 from rankfold.factorize import factorize
@@ -48,6 +49,7 @@ __all__ = [
     "RankfoldError",
     "Record",
     "Recovery",
+    "TensorError",
     "UnsupportedLayerError",
     "__version__",
     "accuracy",

@@ -4,6 +4,7 @@ RankfoldError
 ├── ModelError              a model that cannot be imported, built or run, or holds NaN
 ├── UnsupportedLayerError   a layer asked for by name that no method can factorize
 ├── RankError               a rank that the layer or tensor cannot have
+├── TensorError             a tensor that no decomposition takes: NaN, infinity, integers
 ├── CalibrationError        data that yields nothing, or a batch that gives NaN
 ├── BudgetError             a budget that cannot be reached; `.smallest` can
 ├── PlanError               a plan that does not fit the model, or is not a plan
@@ -29,6 +30,10 @@ class UnsupportedLayerError(RankfoldError):
 
 class RankError(RankfoldError, ValueError):
     """A rank that the layer or tensor at hand cannot have."""
+
+
+class TensorError(RankfoldError, ValueError):
+    """A tensor that no decomposition takes: it holds NaN or infinity, or no real numbers."""
 
 
 class CalibrationError(RankfoldError):

@@ -6,7 +6,7 @@ from dask.distributed import Client, LocalCluster
 from tensors import tensor_of
 
 from rankfold.decompose import cluster_svd, svd
-from rankfold.errors import RankError
+from rankfold.errors import RankError, TensorError
 
 
 @pytest.fixture(scope="module")
@@ -51,5 +51,5 @@ def test_what_makes_no_sense_is_refused() -> None:
         cluster_svd(da.ones((2, 3, 4)))
     with pytest.raises(ValueError, match="at most one"):
         cluster_svd(blocks, 2, energy=0.5)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(TensorError, match="NaN"):
         cluster_svd(da.full((20, 3), np.nan, chunks=(5, 3)))

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankfold.decompose import interpolative, pivoted_qr, svd
-from rankfold.errors import RankError
+from rankfold.errors import RankError, TensorError
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
 sides = st.integers(1, 30)
@@ -69,6 +69,6 @@ def test_what_makes_no_sense_is_refused() -> None:
         interpolative(torch.randn(3, 5), 2, tolerance=0.1)
     with pytest.raises(ValueError, match="tolerance"):
         interpolative(torch.randn(3, 5), tolerance=1.0)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(TensorError, match="NaN"):
         interpolative(torch.full((3, 3), torch.nan))
     assert interpolative(torch.zeros(3, 4)).relative_error(torch.zeros(3, 4)) == 0

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankfold.decompose import randomized_svd, residual_norm_bound, svd
-from rankfold.errors import RankError
+from rankfold.errors import RankError, TensorError
 
 dtypes = st.sampled_from([torch.float32, torch.float64])
 seeds = st.integers(0, 1000)
@@ -94,5 +94,5 @@ def test_what_makes_no_sense_is_refused() -> None:
     for arguments in ({}, {"rank": 2, "tolerance": 0.1}, {"tolerance": 1e-9}, {"tolerance": 2}):
         with pytest.raises(ValueError, match="tolerance"):
             randomized_svd(matrix, **arguments)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(TensorError, match="NaN"):
         randomized_svd(torch.full((3, 3), torch.nan), 1)

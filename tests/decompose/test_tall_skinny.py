@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tensors import seeds, tensor_of, weight_of
 
 from rankfold.decompose import svd, tall_skinny_svd
-from rankfold.errors import RankError
+from rankfold.errors import RankError, TensorError
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
 dtypes = st.sampled_from(list(TOLERANCE))
@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused() -> None:
         tall_skinny_svd([matrix, tensor_of((3, 5))])
     with pytest.raises(ValueError, match="float32"):
         tall_skinny_svd([matrix, matrix.float()])
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(TensorError, match="NaN"):
         tall_skinny_svd([matrix, matrix * torch.nan])
     with pytest.raises(ValueError, match="long side"):
         tall_skinny_svd(matrix, weights={0: torch.eye(30)})

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rankfold.decompose import TensorTrain, svd, tensor_train, tensor_train_matrix
 from rankfold.decompose.unfolding import unfold
-from rankfold.errors import RankError
+from rankfold.errors import RankError, TensorError
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
 shapes = st.lists(st.integers(1, 6), min_size=2, max_size=5).map(tuple)
@@ -126,7 +126,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         tensor_train(tensor, tolerance=1.0)
     with pytest.raises(RankError, match="two modes or more"):
         tensor_train(torch.randn(3))
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(TensorError, match="NaN"):
         tensor_train(torch.full((3, 3), torch.nan))
     with pytest.raises(RankError, match="do not fit 6x6"):
         tensor_train_matrix(torch.randn(6, 6), (2, 3), (2, 2))

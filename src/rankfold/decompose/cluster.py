@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rankfold.decompose.matrix import check_rank
-from rankfold.errors import RankError
+from rankfold.errors import RankError, TensorError
 from rankfold.ranks import energy_rank, tolerance_rank
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def cluster_svd(
     try:
         singular_values = torch.from_numpy(values.compute())
     except np.linalg.LinAlgError as error:
-        raise ValueError(f"the matrix of shape {matrix.shape} holds NaN or infinity") from error
+        raise TensorError(f"the matrix of shape {matrix.shape} holds NaN or infinity") from error
     if not torch.isfinite(singular_values).all():
-        raise ValueError(f"the matrix of shape {matrix.shape} holds NaN or infinity")
+        raise TensorError(f"the matrix of shape {matrix.shape} holds NaN or infinity")
     if energy is not None:
         rank = energy_rank(singular_values, energy)
     elif tolerance is not None:

@@ -6,6 +6,10 @@ from abc import ABC, abstractmethod
 import torch
 
 from rankfold.decompose.weights import Weights, Whitening
+from rankfold.errors import TensorError
+
+# Binary digits that the greatest magnitude may be away from 1 without harm to any square.
+_NEAR_UNIT = 16
 
 
 class Decomposition(ABC):
@@ -57,14 +61,14 @@ def relative_error(
 def working_precision(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in float32 (from half precision) or as it is (float32, float64), and finite.
 
-    Raises ValueError for other dtypes, NaN and infinity.
+    Raises TensorError, a ValueError, for other dtypes, NaN and infinity.
     """
     if tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.float()
     if tensor.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"decompositions take real floating-point tensors, not {tensor.dtype}")
+        raise TensorError(f"decompositions take real floating-point tensors, not {tensor.dtype}")
     if not all(math.isfinite(extreme.item()) for extreme in tensor.detach().aminmax()):
-        raise ValueError(f"the tensor of shape {shape(tensor)} holds NaN or infinity")
+        raise TensorError(f"the tensor of shape {shape(tensor)} holds NaN or infinity")
     return tensor
 
 
@@ -76,10 +80,14 @@ def shape(tensor: torch.Tensor) -> str:
 def to_unit_scale(tensor: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The tensor divided by the power of two at its greatest magnitude, and that power.
 
-    Squares then neither overflow nor vanish, and the division is exact.
+    Squares then neither overflow nor vanish, and the division is exact. A tensor near unit scale
+    comes back as it is, with 1.
     """
-    greatest = tensor.abs().amax().item()
-    scale = 2.0 ** math.frexp(greatest)[1] if greatest > 0 else 1.0
+    greatest = max(abs(extreme.item()) for extreme in tensor.aminmax())
+    exponent = math.frexp(greatest)[1]
+    if greatest == 0 or abs(exponent) <= _NEAR_UNIT:
+        return tensor, 1.0
+    scale = 2.0**exponent
     if math.isinf(scale):
         scale /= 2
     return tensor / scale, scale

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rankfold.errors import TensorError
+
 # Least over greatest eigenvalue from which on a negative one is no rounding error.
 _ROUNDING = 1e-5
 
@@ -54,7 +56,7 @@ def checked_symmetric(matrix: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"a square matrix is needed, not one of shape {name}")
     double = matrix.detach().double()
     if not torch.isfinite(double).all():
-        raise ValueError(f"the symmetric matrix {name} holds NaN or infinity")
+        raise TensorError(f"the symmetric matrix {name} holds NaN or infinity")
     size = double.abs().amax((-2, -1), keepdim=True)
     if ((double - double.mT).abs() > _ROUNDING * size).any():
         raise ValueError(f"the matrix {name} is not symmetric")

@@ -70,7 +70,7 @@ def tucker(
     *,
     tolerance: float | None = None,
     sweeps: int = 50,
-    improvement: float = 1e-4,
+    improvement: float = 2e-4,
     weights: Weights | None = None,
     batch_dims: int = 0,
 ) -> Tucker:
