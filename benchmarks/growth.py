@@ -139,7 +139,9 @@ def growth_rows(growth: Growth) -> str:
     for name, series in growth.items():
         for index, (who, seconds) in enumerate(series.items()):
             cells = (f"{seconds[size]:.3g}" if size in seconds else "" for size in sizes)
-            rows.append((name if index == 0 else "", who, *cells, f"{exponent(seconds):.2f}"))
+            slope = exponent(seconds)
+            shown = "" if math.isnan(slope) else f"{slope:.2f}"
+            rows.append((name if index == 0 else "", who, *cells, shown))
     return markdown_table(("seconds", "by", *sizes, "exponent"), rows)
 
 
@@ -149,7 +151,8 @@ def draw(growth: Growth, path: Path) -> None:
         for who, seconds in series.items():
             style = {"color": "0.6", "linestyle": "--"} if who == "the product" else {"marker": "o"}
             sizes = [int(size) for size in seconds]
-            label = f"{who}, exponent {exponent(seconds):.1f}"
+            slope = exponent(seconds)
+            label = who if math.isnan(slope) else f"{who}, exponent {slope:.1f}"
             axis.loglog(sizes, list(seconds.values()), label=label, **style)
         axis.set_title(name, fontsize=10)
         axis.set_xticks(SIZES, [str(size) for size in SIZES])

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import platform
 import statistics
 import time
@@ -43,7 +44,8 @@ class Race:
         rows = [(self.work, ours.name, _seconds(ours.seconds), f"{ours.error:.4g}", "", self.asked)]
         for peer in peers:
             ratio = f"{peer.seconds / ours.seconds:.1f}x"
-            rows.append(("", peer.name, _seconds(peer.seconds), f"{peer.error:.4g}", ratio, ""))
+            error = "" if math.isnan(peer.error) else f"{peer.error:.4g}"
+            rows.append(("", peer.name, _seconds(peer.seconds), error, ratio, ""))
         return rows
 
 

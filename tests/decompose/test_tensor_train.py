@@ -132,3 +132,18 @@ def test_what_makes_no_sense_is_refused() -> None:
         tensor_train_matrix(torch.randn(6, 6), (2, 3), (2, 2))
     with pytest.raises(RankError, match="do not fit"):
         tensor_train_matrix(torch.randn(6, 6), (6,), (6,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [20, 300])
+def test_a_large_unfolding_keeps_the_tolerance_with_and_without_a_sketch(dtype, rank) -> None:
+    """Of rank 20 a sketch finds all; of rank 300 it does not, and the eigenvectors are taken."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 600, rank, dtype=dtype, generator=generator)
+    noise = torch.randn(600, 600, dtype=dtype, generator=generator)
+    tensor = left @ right.mT + 1e-3 * noise
+    found = tensor_train(tensor, tolerance=0.01)
+    assert found.relative_error(tensor) <= 0.01
+    assert found.ranks[0] <= svd(tensor, tolerance=0.01).ranks[0] + 1
+    core = found.cores[0][0]
+    torch.testing.assert_close(core.mT @ core, torch.eye(found.ranks[0], dtype=dtype))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rankfold.decompose.budget import Budget
+from rankfold.decompose.budget import Budget, energies
 from rankfold.decompose.decomposition import (
     Decomposition,
     shape,
@@ -21,6 +21,12 @@ from rankfold.decompose.matrix import leading_eigenvectors
 from rankfold.decompose.unfolding import gram, mode_product
 from rankfold.decompose.weights import Weights, Whitening
 from rankfold.errors import RankError
+
+# Shorter side of a matrix from which on it is worth a try to find its rank from a sketch, and the
+# longer side over the shorter up to which the eigenvectors are what takes the time.
+_LARGE = 512
+_NOT_LONG = 16
+_SKETCH = 64  # columns of the first sketch
 
 
 @dataclass(frozen=True)
@@ -205,8 +211,14 @@ def split_truncated(
     """Orthonormal columns and the rest, left @ rest ≈ matrix, as in a truncated SVD.
 
     At the rank `limit`, or the least within the budget's share. From the Gram matrix of the shorter
-    side in float64, where its digits are enough: it costs a fraction of the SVD.
+    side in float64, where its digits are enough: it costs a fraction of the SVD. Of a large matrix
+    that a tolerance lets shrink to a small rank, from a random sketch: it costs a few products.
     """
+    short, long = sorted(matrix.shape)
+    if short >= _LARGE and long <= _NOT_LONG * short and budget.is_coarse(matrix):
+        sketched = _by_sketch(matrix, budget, truncations_left)
+        if sketched is not None:
+            return sketched
     wide = matrix.shape[0] <= matrix.shape[1]
     if not wide or (matrix.dtype == torch.float64 and not budget.is_coarse(matrix)):
         u, singular_values, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -216,6 +228,33 @@ def split_truncated(
     rank = budget.truncate(eigenvalues, limit, truncations_left)
     left = vectors[:, :rank].to(matrix.dtype)
     return left, left.mT @ matrix
+
+
+def _by_sketch(
+    matrix: torch.Tensor, budget: Budget, truncations_left: float
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Left and rest from the leading subspace that random products find (Halko et al. 2011).
+
+    None where the tolerance needs a rank above a quarter of full.
+    """
+    assert budget.left is not None
+    allowed = budget.left / truncations_left
+    generator = torch.Generator().manual_seed(0)
+    width = _SKETCH
+    while 4 * width <= min(matrix.shape):
+        drawn = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
+        basis = torch.linalg.qr(matrix @ drawn.to(matrix.device)).Q
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+        inside = basis.mT @ matrix
+        lost = energies(matrix - basis @ inside)
+        if (2 * lost <= allowed).all():
+            # What lies outside is spent; the truncation inside has what remains of the share.
+            budget.pay(lost)
+            share = float(budget.left / (allowed - lost))
+            left, rest = split_truncated(inside, width, budget, share)
+            return basis @ left, rest
+        width *= 2
+    return None
 
 
 def _limits(
