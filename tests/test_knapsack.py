@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankfold.errors import BudgetError
-from rankfold.knapsack import choose, undominated
+from rankfold.knapsack import choose, choose_least_greatest, undominated
 
 candidate = st.tuples(st.floats(0, 1), st.integers(1, 50), st.integers(1, 50))
 groups = st.lists(st.lists(candidate, min_size=1, max_size=6), min_size=1, max_size=5)
@@ -122,3 +122,61 @@ def test_a_network_of_many_layers_is_planned_to_the_optimum_of_its_relaxation() 
 
     best_bound = max(bound(price) for price in np.geomspace(1e-9, 1e-3, 2000))
     assert best_bound <= found <= best_bound * 1.001
+
+
+def least_greatest(losses, costs, limits) -> float | None:
+    """By trying all choices; None if none is within the limits."""
+    found = [
+        max(loss[pick] for loss, pick in zip(losses, picks, strict=True))
+        for picks in product(*(range(len(loss)) for loss in losses))
+        if (sum(cost[pick] for cost, pick in zip(costs, picks, strict=True)) <= limits).all()
+    ]
+    return min(found, default=None)
+
+
+def check_least_greatest(drawn, budgets: int, tightness: float) -> None:
+    losses, costs = arrays(drawn, budgets)
+    least, most = (sum(f(c, axis=0) for c in costs) for f in (np.min, np.max))
+    limits = np.round(least + tightness * (most - least))
+    best = least_greatest(losses, costs, limits)
+    if best is None:
+        with pytest.raises(BudgetError):
+            choose_least_greatest(losses, costs, limits.tolist())
+        return
+    chosen = choose_least_greatest(losses, costs, limits.tolist())
+    assert (sum(cost[pick] for cost, pick in zip(costs, chosen, strict=True)) <= limits).all()
+    assert max(loss[pick] for loss, pick in zip(losses, chosen, strict=True)) == best
+
+
+@given(groups, st.floats(0, 1))
+def test_the_greatest_loss_is_least_within_a_budget(drawn, tightness) -> None:
+    check_least_greatest(drawn, 1, tightness)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="cheapest over both budgets together may be too dear in one of them"
+)
+@given(groups, st.floats(0, 1))
+def test_the_greatest_loss_is_least_within_two_budgets(drawn, tightness) -> None:
+    check_least_greatest(drawn, 2, tightness)
+
+
+def test_of_the_same_greatest_loss_the_cheapest_are_taken() -> None:
+    losses = [np.array([0.0, 0.5, 1.0]), np.array([0.0, 0.4, 0.5])]
+    costs = [np.array([[9.0], [5.0], [1.0]]), np.array([[9.0], [6.0], [4.0]])]
+    assert choose_least_greatest(losses, costs, [18.0]) == [0, 0]
+    assert choose_least_greatest(losses, costs, [17.0]) == [0, 1]  # 9 + 6
+    assert choose_least_greatest(losses, costs, [14.0]) == [1, 2]
+    assert choose_least_greatest(losses, costs, [5.0]) == [2, 2]
+
+
+def test_the_greatest_loss_of_nothing_and_of_the_impossible() -> None:
+    assert choose_least_greatest([], [], [5.0]) == []
+    with pytest.raises(BudgetError):
+        choose_least_greatest([np.array([0.0])], [np.array([[10.0]])], [9.0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_greatest_loss_within_a_budget_of_nothing() -> None:
+    choices = [np.array([0.0, 1.0])], [np.array([[1.0], [0.0]])]
+    assert choose_least_greatest(*choices, [0.0]) == [1]

@@ -14,12 +14,12 @@ FLOORS = [
     {"decompose"},
     {"layers"},
     {"methods"},
-    {"plan", "knapsack", "batches", "fingerprint", "cost"},
+    {"plan", "knapsack", "batches", "fingerprint", "cost", "replacement"},
     {"analysis", "measure"},
     {"recover", "record"},
     {"factorize"},
-    {"checkpoint", "compress"},
-    {"demo", "imports"},
+    {"checkpoint", "search", "compress"},
+    {"demo", "imports", "picture"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from rankfold.analysis import analyze
+from rankfold.analysis import Analysis, Overrides, analyze
 from rankfold.batches import Data, Forward, device_of, first_batches, run, tensors_of
 from rankfold.checkpoint import check_target, load, read_plan_document, save
 from rankfold.compress import compress as compress_model
@@ -30,6 +30,7 @@ from rankfold.factorize import factorize
 from rankfold.imports import resolve_data, resolve_function, resolve_model
 from rankfold.measure import Comparison, Metric, in_fastest_memory_format, measure
 from rankfold.measure import evaluate as measure_metric
+from rankfold.picture import draw_analysis
 from rankfold.plan import Cost, Plan
 from rankfold.record import record_of
 from rankfold.recover import Schedule
@@ -61,6 +62,19 @@ Params = Annotated[
 ]
 Macs = Annotated[
     float | None, typer.Option("--macs", help="Fraction of MACs kept, or a number > 1.")
+]
+Memory = Annotated[
+    float | None, typer.Option("--memory", help="Fraction of bytes of weights kept, or bytes.")
+]
+Latency = Annotated[
+    float | None,
+    typer.Option("--latency", help="Fraction of the dense time, as measured, or milliseconds."),
+]
+LossMetric = Annotated[
+    str, typer.Option("--loss-metric", help="auto, weight, response, fisher, asvd, fwsvd.")
+]
+Keep = Annotated[
+    list[str] | None, typer.Option("--keep", help="Name or pattern of layers to leave dense.")
 ]
 Energy = Annotated[
     float | None, typer.Option("--energy", help="Share of energy kept in every unfolding.")
@@ -118,10 +132,20 @@ def inspect(
     forward: ForwardPath = None,
     params: Params = None,
     macs: Macs = None,
+    memory: Memory = None,
+    latency: Latency = None,
     energy: Energy = None,
     fraction: Fraction = None,
     evbmf: Evbmf = False,
     layers: Layers = None,
+    keep: Keep = None,
+    loss_metric: LossMetric = "auto",
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the analysis into this PNG or SVG file.")
+    ] = None,
+    save_analysis: Annotated[
+        Path | None, typer.Option("--save-analysis", help="Directory to plan from again.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -132,9 +156,29 @@ def inspect(
     network, batches, judged = _load_inputs(model, data, test, place)
     run_forward, measured = _load_functions(forward, metric)
     analysis = analyze(
-        network, batches, forward=run_forward, layers=layers or "*", progress=_progress
+        network,
+        batches,
+        forward=run_forward,
+        layers=layers or "*",
+        metric=loss_metric,
+        timed=latency is not None or plot is not None or save_analysis is not None,
+        seed=seed,
+        progress=_progress,
     )
-    plan = analysis.plan(params=params, macs=macs, energy=energy, fraction=fraction, evbmf=evbmf)
+    plan = analysis.plan(
+        params=params,
+        macs=macs,
+        memory=memory,
+        latency=latency,
+        energy=energy,
+        fraction=fraction,
+        evbmf=evbmf,
+        overrides=Overrides(keep=keep or ()),
+    )
+    if save_analysis is not None:
+        analysis.save(save_analysis)
+    if plot is not None:
+        draw_analysis(analysis, plan, plot)
     small = factorize(network, plan, progress=_progress)
     batch = next(first_batches(judged, 1, place))
     comparison = measure(
@@ -148,7 +192,7 @@ def inspect(
     if as_json:
         _print_json(comparison, layers=plan.to_json()["layers"])
     else:
-        Console().print(_layer_table(plan), comparison)
+        Console().print(_layer_table(plan), _trust(analysis), comparison)
 
 
 @app.command()
@@ -165,10 +209,18 @@ def compress(
     ] = None,
     params: Params = None,
     macs: Macs = None,
+    memory: Memory = None,
+    latency: Latency = None,
     energy: Energy = None,
     fraction: Fraction = None,
     evbmf: Evbmf = False,
     layers: Layers = None,
+    keep: Keep = None,
+    loss_metric: LossMetric = "auto",
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", help="Fewest MACs that lose so much of the metric at most."),
+    ] = None,
     epochs: Epochs = 5,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", help="Of recovery, the greatest.")
@@ -196,10 +248,15 @@ def compress(
         batches,
         params=params,
         macs=macs,
+        memory=memory,
+        latency=latency,
+        max_drop=max_drop,
         energy=energy,
         fraction=fraction,
         evbmf=evbmf,
         layers=layers or "*",
+        overrides=Overrides(keep=keep or ()),
+        loss_metric=loss_metric,
         forward=run_forward,
         epochs=epochs,
         learning_rate=learning_rate,
@@ -350,7 +407,7 @@ def _layer_table(plan: Plan) -> Table:
             _short(layer.before.macs),
             layer.method or "-",
             "x".join(map(str, layer.rank or ())),
-            f"{layer.loss:.3f}" if layer.method else "",
+            f"{layer.loss:.3g}" if layer.method else "",
             _kept(layer.before, layer.after) if layer.method else "",
         )
     table.add_section()
@@ -360,7 +417,7 @@ def _layer_table(plan: Plan) -> Table:
         _short(plan.before.macs),
         "",
         "",
-        f"{plan.loss:.3f}",
+        f"{plan.loss:.3g}",
         _kept(plan.before, plan.after),
     )
     reasons: dict[str, list[str]] = {}
@@ -370,6 +427,22 @@ def _layer_table(plan: Plan) -> Table:
     lines = [f"dense: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
     table.caption = Text("\n".join(["kept: parameters / MACs", *lines]), justify="left")
     return table
+
+
+def _trust(analysis: Analysis) -> Text:
+    """How well predictions agreed with what was measured."""
+    lines = [f"metric: {analysis.metric}"]
+    for trial in analysis.trials:
+        lines.append(
+            f"  {trial.metric}, {100 * trial.macs:.0f} % of MACs: loss predicted "
+            f"{trial.predicted:.3g}, measured {trial.measured:.3g}"
+        )
+    if analysis.checks:
+        lines.append(
+            f"  {len(analysis.checks)} layers replaced one by one: rank correlation of predicted "
+            f"and measured loss {analysis.agreement:.2f}"
+        )
+    return Text("\n".join(lines))
 
 
 def _short(number: int) -> str:

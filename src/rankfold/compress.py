@@ -3,17 +3,21 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from rankfold.analysis import analyze
+from rankfold.analysis import Outputs, Overrides, analyze
 from rankfold.batches import Data, Forward, device_of, first_batches, run
+from rankfold.errors import BudgetError
 from rankfold.factorize import factorize
 from rankfold.measure import Metric, evaluate, in_fastest_memory_format, measure
 from rankfold.methods import Method
+from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.record import attach_record, record_of
 from rankfold.recover import LossFunction, Schedule, recover
+from rankfold.search import cheapest_within, plan_to_latency, teacher_agreement
 
 
 def compress(
@@ -22,12 +26,17 @@ def compress(
     *,
     params: float | None = None,
     macs: float | None = None,
+    memory: float | None = None,
+    latency: float | None = None,
+    max_drop: float | None = None,
     energy: float | None = None,
     fraction: float | None = None,
     evbmf: bool = False,
     layers: str | Sequence[str] = "*",
     methods: Sequence[Method] | None = None,
-    loss_metric: str = "weight",
+    overrides: Overrides = Overrides(),  # noqa: B008  (frozen)
+    loss_metric: str = "auto",
+    outputs: Outputs | None = None,
     forward: Forward = run,
     epochs: int = 5,
     learning_rate: float = 3e-4,
@@ -44,11 +53,20 @@ def compress(
 
     `data` yields batches (see `rankfold.batches`); labels are not needed. The budget is that of
     `Analysis.plan`, what may be factorized that of `analyze`, recovery that of `recover` with the
-    original as the teacher (or with `loss_fn` on labels instead; `epochs=0` leaves it out). The
-    network is then put in the memory format in which it runs faster, and compared with the
+    original as the teacher (or with `loss_fn` on labels instead; `epochs=0` leaves it out). A
+    budget of `latency` is kept as measured on the whole network, not only as predicted; where
+    nothing can be gained, every layer stays dense. Instead of a budget, `max_drop` asks for the
+    fewest MACs that lose, before recovery, at most so much of the metric on `validation` (by
+    default `test`); without a metric, of the agreement with the original.
+
+    The network is then put in the memory format in which it runs faster, and compared with the
     original, itself in its faster format, on `test` (by default `data`): what
     `record_of(model).comparison` holds. The original is left as it is.
     """
+    budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
+    given = [name for name, value in budgets.items() if value is not None]
+    if max_drop is not None and (given or energy or fraction or evbmf):
+        raise BudgetError("ask for max_drop or for a budget, not for both")
     judged = test if test is not None else data
     batch = next(first_batches(judged, 1, device_of(model)))
     if metric is not None:
@@ -60,10 +78,42 @@ def compress(
         layers=layers,
         methods=methods,
         metric=loss_metric,
+        outputs=outputs,
+        timed=latency is not None,
+        seed=seed,
         progress=progress,
     )
-    plan = analysis.plan(params=params, macs=macs, energy=energy, fraction=fraction, evbmf=evbmf)
-    small = factorize(model, plan, progress=progress)
+
+    def make_plan(**budget: Any) -> Plan:
+        asked = {"params": params, "macs": macs, "memory": memory, **budget}
+        return analysis.plan(
+            **asked, energy=energy, fraction=fraction, evbmf=evbmf, overrides=overrides
+        )
+
+    if latency is not None:
+        timed = plan_to_latency(
+            model,
+            analysis,
+            latency,
+            next(first_batches(data, 1, device_of(model))),
+            lambda aim: make_plan(latency=aim),
+            forward=forward,
+            progress=progress,
+        )
+        plan, small = timed.plan, timed.model
+    else:
+        if max_drop is not None:
+            plan = cheapest_within(
+                model,
+                validation if validation is not None else judged,
+                metric or teacher_agreement(model, forward),
+                max_drop,
+                lambda budget: make_plan(macs=budget),
+                progress=progress,
+            )
+        else:
+            plan = make_plan()
+        small = factorize(model, plan, progress=progress)
     record = record_of(small)
     small = in_fastest_memory_format(small, batch, forward, progress)
     if epochs > 0 and plan.factorized:

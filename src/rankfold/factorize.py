@@ -5,36 +5,53 @@ from collections.abc import Callable
 
 from torch import nn
 
+from rankfold.analysis import Analysis
 from rankfold.errors import ModelError, PlanError, RankError
 from rankfold.fingerprint import weights_sha256
 from rankfold.methods import WEIGHT_METRIC
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
 from rankfold.record import Record, attach_record
+from rankfold.replacement import put_in_place
 
 MakeLayer = Callable[[LayerPlan, nn.Module], nn.Module]
 
 
-def factorize(model: nn.Module, plan: Plan, *, progress: Progress = silent) -> nn.Module:
+def factorize(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    analysis: Analysis | None = None,
+    progress: Progress = silent,
+) -> nn.Module:
     """A copy of the model in which every layer that the plan names is factorized.
 
-    Device, dtype, training mode, `requires_grad` and sharing of layers are kept. All new layers are
-    made before the first is put in place. Raises PlanError if the plan is of another network.
+    In the metric of the plan, whose moments a plan has from the analysis that made it; for a plan
+    that was read from a file give the `analysis`. Device, dtype, training mode, `requires_grad` and
+    sharing of layers are kept. All new layers are made before the first is put in place. Raises
+    PlanError if the plan is of another network, or its moments are not known.
     """
+    known = analysis.moments if analysis is not None else plan.moments
+    if plan.metric != "weight" and plan.factorized and not known:
+        raise PlanError(
+            f"the plan was made in the metric {plan.metric}, whose moments are not in its file: "
+            "give factorize the analysis too"
+        )
 
     def fit(entry: LayerPlan, layer: nn.Module) -> nn.Module:
         method = entry.make_method()
         if (reason := method.why_not(layer)) is not None:
             raise PlanError(f"method '{entry.method}' does not take it: {reason}")
         try:
-            return method.fit(layer, WEIGHT_METRIC).build(entry.rank or ())
+            moments = known.get(entry.name, WEIGHT_METRIC)
+            return method.fit(layer, moments).build(entry.rank or ())
         except RankError as error:
             raise PlanError(str(error)) from error
         except ValueError as error:
             raise ModelError(str(error)) from error
 
     small = replace_layers(copy.deepcopy(model), plan, fit, progress)
-    attach_record(small, Record(plan, weights_sha256(model)))
+    attach_record(small, Record(plan.bare(), weights_sha256(model)))
     return small
 
 
@@ -59,10 +76,4 @@ def replace_layers(
         except Exception as error:
             error.add_note(f"while factorizing layer '{entry.name}'")
             raise
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if module in made:
-            if not path:
-                return made[module]
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, made[module])
-    return model
+    return put_in_place(model, made)

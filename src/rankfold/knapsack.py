@@ -67,6 +67,40 @@ def choose(
     raise BudgetError("no choice of candidates meets the budget")
 
 
+def choose_least_greatest(
+    losses: Sequence[np.ndarray], costs: Sequence[np.ndarray], limits: Sequence[float]
+) -> list[int]:
+    """As `choose`, but of the greatest loss of any group the least (Liebenwein et al. 2021, ALDS).
+
+    In each group the candidate that is cheapest, relative to the limits, of those within the same
+    loss; the loss is found by bisection.
+    """
+    limit = np.asarray(limits, dtype=np.float64)
+    prices = [(cost / np.where(limit > 0, limit, 1.0)).sum(1) for cost in costs]
+
+    def within(most: float) -> list[int] | None:
+        picked = [
+            int(np.where(loss <= most, price, np.inf).argmin())
+            for loss, price in zip(losses, prices, strict=True)
+        ]
+        spent = sum((cost[i] for cost, i in zip(costs, picked, strict=True)), 0 * limit)
+        return picked if (spent <= limit).all() else None
+
+    levels = np.unique(np.concatenate(losses)) if losses else np.zeros(1)
+    low, high = 0, len(levels) - 1
+    best = within(levels[high])
+    if best is None:
+        raise BudgetError("no choice of candidates meets the budget")
+    while low < high:
+        middle = (low + high) // 2
+        found = within(levels[middle])
+        if found is None:
+            low = middle + 1
+        else:
+            best, high = found, middle
+    return best
+
+
 def undominated(loss: np.ndarray, cost: np.ndarray) -> np.ndarray:
     """Indices of the candidates that none other beats or equals in loss and every cost.
 

@@ -213,15 +213,20 @@ def in_fastest_memory_format(
     """
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return model
-    models = (model, _channels_last(model))
+    models = (model, with_memory_format(model, "channels_last"))
     with running(models[0]), running(models[1]), torch.no_grad():
         calls = [_call(forward, network, batch) for network in models]
         milliseconds = latencies(calls, device_of(model), progress)
     return models[milliseconds.index(min(milliseconds))]
 
 
-def _channels_last(model: nn.Module) -> nn.Module:
-    """A copy of the model with its 4-D parameters and buffers in channels-last layout."""
+def with_memory_format(model: nn.Module, memory_format: str) -> nn.Module:
+    """A copy of the model with its 4-D parameters and buffers in this format.
+
+    "channels_last"; or "contiguous", which gives the model itself.
+    """
+    if memory_format == "contiguous":
+        return model
     # torch declares this overload of `to` without its memory format.
     return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -7,11 +7,11 @@ only methods of `METHODS`, with ranks that `factorize` bounds by the dense layer
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rankfold.errors import PlanError
-from rankfold.methods import METHODS, Method, Rank
+from rankfold.methods import METHODS, Method, Moments, Rank
 
 FORMAT_VERSION = 1
 
@@ -22,6 +22,7 @@ class Cost:
 
     parameters: int
     macs: int  # of one sample
+    latency_ms: float | None = None  # of one batch, as predicted from measured layers; or unknown
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Plan:
     after: Cost
     metric: str
     request: Mapping[str, float | str]  # what was asked for: {"macs": 0.3}
+    moments: Mapping[str, Moments] = field(default_factory=dict, compare=False, repr=False)
+    """By layer the moments that the metric weighs errors with; no part of the JSON document."""
 
     @property
     def factorized(self) -> tuple[LayerPlan, ...]:
@@ -71,7 +74,14 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON primitives."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        return {
+            "format_version": FORMAT_VERSION,
+            **{key: value for key, value in asdict(self.bare()).items() if key != "moments"},
+        }
+
+    def bare(self) -> "Plan":
+        """The same without the moments, which can be large."""
+        return replace(self, moments={})
 
     @staticmethod
     def from_json(document: Any) -> "Plan":
@@ -115,10 +125,13 @@ def _take(document: Any, key: str, kind: type | tuple[type, ...], where: str) ->
 
 
 def _cost_from_json(document: Any, where: str) -> Cost:
-    costs = {field.name: _take(document, field.name, int, where) for field in fields(Cost)}
-    if min(costs.values()) < 0:
-        raise PlanError(f"{where}: costs are not negative: {costs}")
-    return Cost(**costs)
+    parameters, macs = (_take(document, name, int, where) for name in ("parameters", "macs"))
+    latency = None
+    if document.get("latency_ms") is not None:
+        latency = float(_take(document, "latency_ms", (int, float), where))
+    if min(parameters, macs) < 0 or not 0 <= (latency or 0.0) < math.inf:
+        raise PlanError(f"{where}: costs are not negative: {document!r:.120}")
+    return Cost(parameters, macs, latency)
 
 
 def _layer_from_json(document: Any, where: str) -> LayerPlan:

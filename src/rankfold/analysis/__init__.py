@@ -1,6 +1,21 @@
 """What is known of a network before it is planned: its layers, their costs, their candidates."""
 
-from rankfold.analysis.analyze import METRICS, Analysis, analyze
+from rankfold.analysis.analysis import Analysis, Trial
+from rankfold.analysis.analyze import analyze
 from rankfold.analysis.candidates import AnalysedLayer, Candidate
+from rankfold.analysis.correction import Check
+from rankfold.analysis.curvature import Outputs
+from rankfold.analysis.metrics import METRICS
+from rankfold.analysis.overrides import Overrides
 
-__all__ = ["METRICS", "AnalysedLayer", "Analysis", "Candidate", "analyze"]
+__all__ = [
+    "METRICS",
+    "AnalysedLayer",
+    "Analysis",
+    "Candidate",
+    "Check",
+    "Outputs",
+    "Overrides",
+    "Trial",
+    "analyze",
+]

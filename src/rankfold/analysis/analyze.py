@@ -1,126 +1,38 @@
-"""From a trained network and a few batches to an analysis, and from that to plans."""
+"""From a trained network and a few batches to an analysis."""
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
+from typing import Any, cast
 
+import torch
 from torch import nn
 
-from rankfold.analysis.candidates import AnalysedLayer, Candidate, candidates
-from rankfold.analysis.planning import Choice, choose_by_rule, choose_within_budget, layer_plan
+from rankfold.analysis.analysis import Analysis, Trial
+from rankfold.analysis.calibration import Calibration, calibrate
+from rankfold.analysis.candidates import AnalysedLayer, Candidate, Counts, below_break_even, grid_of
+from rankfold.analysis.correction import Check, corrected, points_to_check
+from rankfold.analysis.curvature import Outputs
+from rankfold.analysis.latency import LayerToTime, NetworkTiming, time_network
+from rankfold.analysis.metrics import DAMPING, check_metric, competing, moments_of
+from rankfold.analysis.planning import Limit, choose_within_budget
 from rankfold.analysis.survey import SurveyedLayer, survey
-from rankfold.batches import Data, Forward, run
+from rankfold.analysis.timing_cache import TimingCache
+from rankfold.batches import Data, Forward, device_of, first_batches, run
 from rankfold.cost import count_layer_macs, count_parameters
-from rankfold.errors import BudgetError, ModelError, RankfoldError, UnsupportedLayerError
-from rankfold.methods import METHODS, WEIGHT_METRIC, Method, Spectrum
-from rankfold.plan import Cost, Plan
+from rankfold.errors import BudgetError, CalibrationError, ModelError, UnsupportedLayerError
+from rankfold.layers import Dense
+from rankfold.methods import METHODS, WEIGHT_METRIC, Family, Method, Moments, Rank
 from rankfold.progress import Progress, silent
-from rankfold.ranks import energy_rank, evbmf_rank
 
-METRICS = {"weight": WEIGHT_METRIC}
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """All that plans are made from: every layer with its candidates, and the network's costs."""
-
-    layers: tuple[AnalysedLayer, ...]
-    parameters: int
-    macs: int  # of the first calibration batch
-    batch_size: int  # of the first calibration batch
-    metric: str
-
-    def plan(
-        self,
-        *,
-        params: float | None = None,
-        macs: float | None = None,
-        energy: float | None = None,
-        fraction: float | None = None,
-        evbmf: bool = False,
-    ) -> Plan:
-        """Choose a method and a rank for every layer, or to leave it. Takes seconds, needs no data.
-
-        One of:
-
-        - `params=`, `macs=`, or both: a budget for the whole network, as the fraction of the dense
-          network that is *kept* (at most 1) or, above 1, as an absolute number (MACs of one
-          sample). The choice with the least predicted loss is found exactly, all methods competing.
-        - `energy=`: the ranks that keep this share of the energy of every unfolding.
-        - `fraction=`: this fraction of full rank everywhere.
-        - `evbmf=True`: the ranks above the noise, by variational Bayes (Kim et al. 2016); also what
-          a call without arguments does.
-
-        A layer that would not get cheaper stays dense. Raises BudgetError for a budget that cannot
-        be reached, naming the smallest that can, and for values that make no sense.
-        """
-        budgets = {n: v for n, v in {"params": params, "macs": macs}.items() if v is not None}
-        rules = {n: v for n, v in {"energy": energy, "fraction": fraction}.items() if v is not None}
-        if bool(budgets) + len(rules) + evbmf > 1:
-            raise BudgetError(
-                "ask for one thing: params and macs, or one of energy, fraction and evbmf"
-            )
-        if budgets:
-            request: dict[str, float | str] = dict(budgets)
-            choices = self._within(budgets)
-        else:
-            request = dict(rules) or {"evbmf": "global analytic solution"}
-            choices = self._by_rule(energy, fraction)
-        layers = tuple(
-            layer_plan(layer, choice, reason, self.batch_size)
-            for layer, (choice, reason) in zip(self.layers, choices, strict=True)
-        )
-        saved = [
-            (layer.parameters - choice.parameters, layer.macs - choice.macs)
-            for layer, (choice, _) in zip(self.layers, choices, strict=True)
-            if choice is not None
-        ]
-        return Plan(
-            layers,
-            before=Cost(self.parameters, round(self.macs / self.batch_size)),
-            after=Cost(
-                self.parameters - sum(parameters for parameters, _ in saved),
-                round((self.macs - sum(count for _, count in saved)) / self.batch_size),
-            ),
-            metric=self.metric,
-            request=request,
-        )
-
-    def _within(self, budgets: dict[str, float]) -> list[tuple[Choice, str | None]]:
-        totals = {"params": self.parameters, "macs": self.macs}
-        # Absolute MACs are said per sample, candidates are counted per batch.
-        unit = {"params": 1, "macs": self.batch_size}
-        limits = {}
-        for name, value in budgets.items():
-            if not 0 < value < math.inf:
-                raise BudgetError(f"{name}={value} is not a budget: it must be above 0")
-            limits[name] = value * (totals[name] if value <= 1 else unit[name])
-        choices = choose_within_budget(self.layers, limits, totals)
-        dense = "the budget is better saved elsewhere"
-        nothing = "no rank is cheaper than the dense layer"
-        return [
-            (choice, layer.reason or (dense if layer.candidates else nothing))
-            for layer, choice in zip(self.layers, choices, strict=True)
-        ]
-
-    def _by_rule(
-        self, energy: float | None, fraction: float | None
-    ) -> list[tuple[Choice, str | None]]:
-        for name, value in {"energy": energy, "fraction": fraction}.items():
-            if value is not None and not 0 < value <= 1:
-                raise BudgetError(f"{name}={value} is outside (0, 1]")
-
-        def rule(spectrum: Spectrum) -> int:
-            if energy is not None:
-                return energy_rank(spectrum.singular_values, energy)
-            if fraction is not None:
-                return max(1, round(fraction * min(spectrum.shape)))
-            return max(1, evbmf_rank(spectrum.singular_values, spectrum.shape))
-
-        return choose_by_rule(self.layers, rule)
+# Budgets of MACs at which the metrics compete.
+_TRIALS = (0.5, 0.25)
+# Of the metrics that compete, so many are tried again with corrected losses.
+_FINALISTS = 2
+# Unless the second's mean logarithm of the measured divergence is greater by this.
+_CLEARLY_WORSE = 0.3
 
 
 def analyze(
@@ -130,32 +42,89 @@ def analyze(
     forward: Forward = run,
     layers: str | Sequence[str] = "*",
     methods: Sequence[Method] | None = None,
-    metric: str = "weight",
-    batches: int = 4,
+    metric: str = "auto",
+    outputs: Outputs | None = None,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+    temperatures: Sequence[float] = (1.0, 4.0),
+    damping: float = DAMPING,
+    batches: int = 16,
+    held_out: int = 4,
+    check: bool = True,
+    timed: bool = False,
+    seed: int = 0,
     progress: Progress = silent,
 ) -> Analysis:
     """Look at every layer of a trained network: what it costs, and what could replace it.
 
-    Runs the first `batches` batches of `data` (see `rankfold.batches` for what a batch is) through
-    the model in eval mode, on its own device, and fits every method to every layer that it takes.
-    `layers` are names or shell-style patterns of the layers to consider; a name without a wildcard
-    must be one that can be factorized. `methods` defaults to all of `METHODS`; the model is left
-    as it was.
+    Runs the model in eval mode, on its own device, on the first batches of `data` (see
+    `rankfold.batches` for what a batch is): `held_out` of them are kept to check predictions on,
+    the next `batches` give the moments of the inputs and of the gradients. Of data with fewer, a
+    fifth is held out; a single batch serves for both. `layers` are names or shell-style patterns of
+    the layers to consider; a name without a wildcard must be one that can be factorized. `methods`
+    defaults to all of `METHODS`; the model is left as it was.
+
+    `metric` says what an error of a weight costs (`rankfold.analysis.metrics` has the names). For
+    "auto" the network is factorized at two budgets in each that competes, and the one whose outputs
+    are nearest to the original's on the held-out batches is taken. The curvature of the outputs
+    needs no labels: they are "logits" (labels drawn from the model's own softmax, at each of the
+    `temperatures`) or "values" (all outputs count the same); `outputs=None` goes by how they look.
+    With `loss_fn(output, label)` the gradients are those of the data's labels. The losses of all
+    candidates are then corrected by the divergence that is measured when layers are replaced one by
+    one (`check`). "weight" needs no such data and corrects nothing. With `timed`, layers and what
+    could replace them are timed on the shapes of the first batch (`rankfold.analysis.latency`).
 
     Raises ModelError for weights that are not finite, CalibrationError for data that yields nothing
     or makes activations that are not, UnsupportedLayerError for a layer asked for by name that no
     method takes.
     """
-    if metric not in METRICS:
-        raise RankfoldError(f"no metric '{metric}'; there are {', '.join(METRICS)}")
+    check_metric(metric)
+    if batches < 1 or held_out < 1:
+        raise CalibrationError("batches and held_out must be at least 1")
     chosen = [method() for method in METHODS.values()] if methods is None else list(methods)
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    surveyed = survey(model, data, forward, batches, progress)
+    surveyed = survey(model, data, forward, batches if metric == "weight" else 1, progress)
     _check_names(patterns, [layer.name for layer in surveyed.layers])
-    look = partial(_analyse, methods=chosen, metric=metric, patterns=patterns)
-    analysed = [look(layer) for layer in progress(surveyed.layers, "decomposing")]
+    looked = [_look(layer, chosen, patterns) for layer in progress(surveyed.layers, "decomposing")]
+    able = {one.layer.name: cast(Dense, one.module) for one in looked if one.layer.methods}
+    calibration = None
+    if metric != "weight" and able:
+        calibration = calibrate(
+            model,
+            data,
+            able,
+            forward=forward,
+            outputs=outputs,
+            loss_fn=loss_fn,
+            temperatures=temperatures,
+            batches=batches,
+            held_out=held_out,
+            seed=seed,
+            progress=progress,
+        )
+    bench = _Workbench(looked, surveyed.macs, calibration, damping, progress)
+    checks: list[Check] = []
+    trials: list[Trial] = []
+    if calibration is None:
+        fitted = bench.fit("weight")
+    elif metric != "auto":
+        fitted = bench.fit(metric)
+        if check:
+            fitted, checks = bench.correct(fitted)
+    else:
+        fitted, checks, trials = bench.compete(check)
+    layers_found, timing = fitted.layers, None
+    if timed:
+        layers_found, timing = _time(model, data, looked, fitted.layers, forward, progress)
     return Analysis(
-        tuple(analysed), count_parameters(model), surveyed.macs, surveyed.batch_size, metric
+        tuple(layers_found),
+        count_parameters(model),
+        sum(parameter.nbytes for parameter in model.parameters()),
+        surveyed.macs,
+        surveyed.batch_size,
+        fitted.metric,
+        tuple(checks),
+        tuple(trials),
+        timing,
     )
 
 
@@ -167,33 +136,206 @@ def _check_names(patterns: Sequence[str], names: Sequence[str]) -> None:
             )
 
 
-def _analyse(
-    surveyed: SurveyedLayer, methods: Sequence[Method], metric: str, patterns: Sequence[str]
-) -> AnalysedLayer:
-    layer, name = surveyed.module, surveyed.name
+@dataclass(frozen=True)
+class _Looked:
+    """A layer and what does not depend on the metric."""
+
+    layer: AnalysedLayer  # without candidates
+    module: nn.Module
+    input_shapes: tuple[tuple[int, ...], ...]
+    plain: Mapping[str, Family]  # by method, in the weight metric
+    costs: Mapping[str, Mapping[Rank, Counts]]  # by method, below break-even
+
+
+def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence[str]) -> _Looked:
+    module, name = surveyed.module, surveyed.name
     reason = surveyed.reason
     if not any(fnmatchcase(name, pattern) for pattern in patterns):
         reason = "not among the layers asked for"
-    against = {method.name: method.why_not(layer) for method in methods}
+    against = {method.name: method.why_not(module) for method in methods}
     able = {method.name: method for method in methods if against[method.name] is None}
     if reason is None and not able:
         reason = "; ".join(dict.fromkeys(why for why in against.values() if why))
     if reason is not None and name in patterns:
         raise UnsupportedLayerError(f"layer '{name}' cannot be factorized: {reason}")
-    parameters = count_parameters(layer)
+    parameters = count_parameters(module)
+    size = next(module.parameters()).element_size()
     if reason is not None:
-        return AnalysedLayer(name, repr(layer), parameters, 0, reason, {}, {}, ())
+        layer = AnalysedLayer(
+            name, repr(module), parameters, 0, reason, {}, {}, (), {}, element_size=size
+        )
+        return _Looked(layer, module, (), {}, {})
     shapes = surveyed.input_shapes
-    dense = (parameters, count_layer_macs(copy.deepcopy(layer).to("meta"), shapes))
-    families = {}
-    found: list[Candidate] = []
-    for method in able.values():
-        try:
-            families[method.name] = method.fit(layer, METRICS[metric])
-        except ValueError as error:
-            raise ModelError(f"layer '{name}': {error}") from error
-        found += candidates(layer, method, families[method.name], shapes, dense)
-    return AnalysedLayer(name, repr(layer), *dense, None, able, families, tuple(found))
+    dense = (parameters, count_layer_macs(copy.deepcopy(module).to("meta"), shapes))
+    plain = {key: _fit(method, surveyed, WEIGHT_METRIC) for key, method in able.items()}
+    layer = AnalysedLayer(
+        name,
+        repr(module),
+        *dense,
+        None,
+        able,
+        {key: tuple(family.spectra) for key, family in plain.items()},
+        (),
+        {key: grid_of(family) for key, family in plain.items()},
+        element_size=size,
+    )
+    costs = {
+        key: below_break_even(module, able[key], family.ranks(), shapes, dense)
+        for key, family in plain.items()
+    }
+    return _Looked(layer, module, shapes, plain, costs)
 
 
-__all__ = ["METRICS", "Analysis", "analyze"]
+def _fit(method: Method, layer: SurveyedLayer | _Looked, moments: Moments) -> Family:
+    try:
+        return method.fit(layer.module, moments)
+    except ValueError as error:
+        name = layer.name if isinstance(layer, SurveyedLayer) else layer.layer.name
+        raise ModelError(f"layer '{name}': {error}") from error
+
+
+def _time(
+    model: nn.Module,
+    data: Data,
+    looked: Sequence[_Looked],
+    layers: Sequence[AnalysedLayer],
+    forward: Forward,
+    progress: Progress,
+) -> tuple[list[AnalysedLayer], NetworkTiming]:
+    to_time = [
+        LayerToTime(
+            one.layer.name,
+            one.module,
+            one.input_shapes,
+            one.layer.methods,
+            {key: list(ranks) for key, ranks in one.costs.items()},
+        )
+        for one in looked
+        if any(one.costs.values())
+    ]
+    batch = next(first_batches(data, 1, device_of(model)))
+    network, timings = time_network(model, batch, to_time, forward, TimingCache(), progress)
+    return [replace(layer, timing=timings.get(layer.name)) for layer in layers], network
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """All layers fitted in one metric."""
+
+    metric: str
+    layers: list[AnalysedLayer]
+    families: Mapping[tuple[str, str], Family]  # by layer and method
+
+
+@dataclass(frozen=True)
+class _Workbench:
+    """Fits a network's layers in a metric, tries them in the network, corrects and compares."""
+
+    looked: Sequence[_Looked]
+    macs: int
+    calibration: Calibration | None
+    damping: float
+    progress: Progress
+
+    def fit(self, metric: str) -> _Fitted:
+        layers, families = [], {}
+        for one in self.progress(self.looked, f"fitting, {metric}"):
+            statistics = None
+            if self.calibration is not None:
+                statistics = self.calibration.statistics.get(one.layer.name)
+            moments = moments_of(metric, statistics, self.damping)
+            moments = moments.to(next(one.module.parameters()).device)
+            candidates = []
+            for key, method in one.layer.methods.items():
+                is_plain = moments.is_plain and moments.scale is None
+                family = one.plain[key] if is_plain else _fit(method, one, moments)
+                families[one.layer.name, key] = family
+                candidates += [
+                    Candidate(key, rank, family.loss(rank), *cost)
+                    for rank, cost in one.costs[key].items()
+                ]
+            layers.append(replace(one.layer, candidates=tuple(candidates), moments=moments))
+        return _Fitted(metric, layers, families)
+
+    def correct(self, fitted: _Fitted) -> tuple[_Fitted, list[Check]]:
+        """With losses that agree with what the checks measure."""
+        checks = self._check(fitted)
+        layers = [
+            replace(
+                layer,
+                candidates=tuple(
+                    corrected(layer.candidates, [c for c in checks if c.layer == layer.name])
+                ),
+            )
+            for layer in fitted.layers
+        ]
+        return replace(fitted, layers=layers), checks
+
+    def compete(self, check: bool) -> tuple[_Fitted, list[Check], list[Trial]]:
+        """The metric whose plans come nearest to the original on the held-out batches."""
+        assert self.calibration is not None
+        trials: list[Trial] = []
+        leaders: list[tuple[float, _Fitted]] = []
+        for metric in competing(self.calibration.curvatures):
+            fitted = self.fit(metric)
+            tried = self._try(fitted)
+            trials += tried
+            leaders = sorted([*leaders, (_score(tried), fitted)], key=lambda one: one[0])
+            del leaders[_FINALISTS:]
+        if not check:
+            return leaders[0][1], [], trials
+        finals = []
+        for score, fitted in leaders:
+            if score > leaders[0][0] + _CLEARLY_WORSE:
+                continue
+            corrected_fit, checks = self.correct(fitted)
+            tried = self._try(corrected_fit)
+            trials += [replace(trial, metric=f"{fitted.metric}, corrected") for trial in tried]
+            finals.append((_score(tried), corrected_fit, checks))
+        _, best, checks = min(finals, key=lambda final: final[0])
+        return best, checks, trials
+
+    def _try(self, fitted: _Fitted) -> list[Trial]:
+        """Whole plans, predicted and measured."""
+        assert self.calibration is not None
+        found = []
+        modules = {one.layer.name: one.module for one in self.looked}
+        for share in _TRIALS:
+            budget = share
+            try:
+                choices = self._choose(fitted, budget)
+            except BudgetError as error:
+                budget = min(error.smallest["macs"], 1.0)
+                choices = self._choose(fitted, budget)
+            taken = [(n, c) for n, c in zip(fitted.layers, choices, strict=True) if c is not None]
+            replacements = {
+                modules[layer.name]: fitted.families[layer.name, choice.method].build(choice.rank)
+                for layer, choice in taken
+            }
+            measured = self.calibration.judge.divergence(replacements)
+            predicted = sum(choice.loss for _, choice in taken)
+            found.append(Trial(fitted.metric, budget, predicted, measured))
+        return found
+
+    def _choose(self, fitted: _Fitted, budget: float) -> list[Candidate | None]:
+        return choose_within_budget(fitted.layers, {"macs": Limit(budget * self.macs, self.macs)})
+
+    def _check(self, fitted: _Fitted) -> list[Check]:
+        """A few candidates of each layer in its place, the other layers as they are."""
+        assert self.calibration is not None
+        checks = []
+        judge = self.calibration.judge.smaller()
+        work = list(zip(self.looked, fitted.layers, strict=True))
+        for one, layer in self.progress(work, f"checking, {fitted.metric}"):
+            for candidate in points_to_check(layer.candidates, layer.macs):
+                form = fitted.families[layer.name, candidate.method].build(candidate.rank)
+                measured = judge.divergence({one.module: form})
+                checks.append(
+                    Check(layer.name, candidate.method, candidate.rank, candidate.loss, measured)
+                )
+        return checks
+
+
+def _score(trials: Sequence[Trial]) -> float:
+    """The mean logarithm of the measured divergence."""
+    return sum(math.log(max(trial.measured, 1e-300)) for trial in trials) / len(trials)

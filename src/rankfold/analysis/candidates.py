@@ -6,8 +6,16 @@ from itertools import product
 
 from torch import nn
 
+from rankfold.analysis.latency import LayerTiming
 from rankfold.cost import count_layer_macs, count_parameters
-from rankfold.methods import Family, Method, Rank
+from rankfold.methods import (
+    WEIGHT_METRIC,
+    Family,
+    Method,
+    Moments,
+    Rank,
+    Spectrum,
+)
 
 Counts = tuple[int, int]  # parameters, MACs over all calls
 
@@ -33,32 +41,40 @@ class AnalysedLayer:
     macs: int  # over all calls on the first calibration batch
     reason: str | None  # why no method applies, or None
     methods: Mapping[str, Method]  # those that apply, in the order of METHODS
-    families: Mapping[str, Family]  # the same, fitted
+    spectra: Mapping[str, tuple[Spectrum, ...]]  # of the weight's unfoldings, by method
     candidates: tuple[Candidate, ...]  # below break-even
+    grids: Mapping[str, tuple[tuple[int, ...], ...]]  # by method: per entry of a rank, its values
+    moments: Moments = WEIGHT_METRIC  # the metric that the candidates are fitted in
+    element_size: int = 4  # bytes of one parameter
+    timing: LayerTiming | None = None
 
 
-def candidates(
+def grid_of(family: Family) -> tuple[tuple[int, ...], ...]:
+    """For each entry of the family's ranks, the values it takes, ascending."""
+    return tuple(tuple(sorted(set(entry))) for entry in zip(*family.ranks(), strict=True))
+
+
+def below_break_even(
     layer: nn.Module,
     method: Method,
-    family: Family,
+    ranks: Sequence[Rank],
     input_shapes: Sequence[Sequence[int]],
     dense: Counts,
-) -> list[Candidate]:
-    """The candidates of one method that lie below break-even.
+) -> dict[Rank, Counts]:
+    """The ranks of one method that pay, and what they cost.
 
-    Break-even: no more parameters and no more MACs than the dense layer, and fewer of one.
+    That is no more parameters and no more MACs than the dense layer, and fewer of one.
     """
 
     def count(rank: Rank) -> Counts:
         skeleton = method.skeleton(layer, rank)
         return count_parameters(skeleton), count_layer_macs(skeleton, input_shapes)
 
-    ranks = family.ranks()
-    return [
-        Candidate(method.name, rank, family.loss(rank), *cost)
+    return {
+        rank: cost
         for rank, cost in zip(ranks, costs_of_ranks(count, ranks), strict=True)
         if cost != dense and all(ours <= theirs for ours, theirs in zip(cost, dense, strict=True))
-    ]
+    }
 
 
 def costs_of_ranks(count: Callable[[Rank], Counts], ranks: Sequence[Rank]) -> list[Counts]:

@@ -1,61 +1,120 @@
 """Choosing a candidate for every layer: within a budget for the whole network, or by a rule."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 
 from rankfold.analysis.candidates import AnalysedLayer, Candidate
 from rankfold.errors import BudgetError
-from rankfold.knapsack import choose
-from rankfold.methods import Family, Rank, Spectrum
+from rankfold.knapsack import choose, choose_least_greatest
+from rankfold.methods import Rank, Spectrum
 from rankfold.plan import Cost, LayerPlan
 
 Rule = Callable[[Spectrum], int]
+Objective = Literal["sum", "max"]
 Choice = Candidate | None  # None: leave the layer dense
 
-COSTS: dict[str, Callable[[Candidate | AnalysedLayer], int]] = {
-    "params": lambda of: of.parameters,
-    "macs": lambda of: of.macs,
+
+def _latencies(layer: AnalysedLayer) -> np.ndarray:
+    if layer.timing is None:  # its time is part of what stays
+        return np.zeros(1 + len(layer.candidates))
+    found = np.empty(1 + len(layer.candidates))
+    found[0] = layer.timing.dense_ms
+    for method in layer.timing.tables:
+        places = [i for i, c in enumerate(layer.candidates, 1) if c.method == method]
+        if places:
+            ranks = [layer.candidates[place - 1].rank for place in places]
+            found[places] = layer.timing.of(method, ranks)
+    return found
+
+
+def _counts(layer: AnalysedLayer, count: Callable[[AnalysedLayer | Candidate], int]) -> np.ndarray:
+    counts = [count(layer), *(count(candidate) for candidate in layer.candidates)]
+    return np.array(counts, dtype=np.float64)
+
+
+def milliseconds_of(layer: AnalysedLayer, choice: Choice) -> float | None:
+    """Of all calls of a layer as it is or as a candidate; None if it was not timed."""
+    if layer.timing is None:
+        return None
+    if choice is None:
+        return layer.timing.dense_ms
+    return float(layer.timing.of(choice.method, [choice.rank])[0])
+
+
+# What a layer costs dense and as each of its candidates: (1 + candidates,).
+COSTS: dict[str, Callable[[AnalysedLayer], np.ndarray]] = {
+    "params": lambda layer: _counts(layer, lambda of: of.parameters),
+    "macs": lambda layer: _counts(layer, lambda of: of.macs),
+    "memory": lambda layer: layer.element_size * _counts(layer, lambda of: of.parameters),
+    "latency": _latencies,
 }
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget of one cost, absolute, in the unit of `COSTS`."""
+
+    most: float  # of the whole network
+    dense: float  # what the dense network costs
+    fixed: float | None = None  # what remains whatever is planned; None: by subtraction
 
 
 def choose_within_budget(
     layers: Sequence[AnalysedLayer],
-    limits: Mapping[str, float],
-    totals: Mapping[str, int],
+    limits: Mapping[str, Limit],
+    objective: Objective = "sum",
+    forced: Collection[str] = (),
 ) -> list[Choice]:
-    """The choice per layer with the least summed loss whose network costs keep the limits.
+    """The choice per layer with the least summed (or greatest) loss that keeps the limits.
 
-    `limits` and `totals` (of the dense network) are absolute, in the unit of the candidates.
-    Raises BudgetError, with the smallest reachable fraction of each cost, where there is none.
+    With a limit of latency, only candidates that are faster than the dense layer count. The layers
+    `forced` by name do not stay dense. Raises BudgetError, with the smallest reachable fraction of
+    each cost, where there is none.
     """
     names = list(limits)
-    options: list[list[Choice]] = [[None, *layer.candidates] for layer in layers]
-    losses = [np.array([o.loss if o else 0.0 for o in group]) for group in options]
-    costs = [
-        np.array([[COSTS[name](o or layer) for name in names] for o in group], dtype=np.float64)
-        for layer, group in zip(layers, options, strict=True)
-    ]
-    dense = sum((cost[0] for cost in costs), np.zeros(len(names)))
-    fixed = np.array([totals[name] for name in names]) - dense
+    options: list[list[Choice]] = []
+    losses, costs = [], []
+    for layer in layers:
+        cost = np.column_stack([COSTS[name](layer) for name in names])
+        kept = list(range(len(cost)))
+        if "latency" in limits:
+            times = cost[:, names.index("latency")]
+            kept = [0, *np.flatnonzero(times < times[0])]
+        if layer.name in forced and len(kept) > 1:
+            kept = kept[1:]
+        group: list[Choice] = [None, *layer.candidates]
+        options.append([group[index] for index in kept])
+        losses.append(np.array([0.0, *(c.loss for c in layer.candidates)])[kept])
+        costs.append(cost[kept])
+    fixed = np.array(
+        [
+            limit.dense - sum(COSTS[name](layer)[0] for layer in layers)
+            if limit.fixed is None
+            else limit.fixed
+            for name, limit in limits.items()
+        ]
+    )
     least = fixed + sum((cost.min(axis=0) for cost in costs), np.zeros(len(names)))
-    room = np.array([limits[name] for name in names]) - fixed
+    room = np.array([limit.most for limit in limits.values()]) - fixed
     # Rounded up, so that what is offered as the smallest can be asked for.
     smallest = {
-        name: float(np.ceil(1e4 * (1 + 2e-6) * reachable / totals[name]) / 1e4)
-        for name, reachable in zip(names, least, strict=True)
+        name: float(np.ceil(1e4 * (1 + 2e-6) * reachable / limit.dense) / 1e4)
+        for (name, limit), reachable in zip(limits.items(), least, strict=True)
     }
     offer = ", ".join(f"{name}={fraction:g}" for name, fraction in smallest.items())
-    for name, reachable in zip(names, least, strict=True):
-        if reachable > limits[name]:
+    for (name, limit), reachable in zip(limits.items(), least, strict=True):
+        if reachable > limit.most:
             raise BudgetError(
-                f"{name} cannot be brought to {limits[name] / totals[name]:.4g} of the dense "
+                f"{name} cannot be brought to {limit.most / limit.dense:.4g} of the dense "
                 f"network: the smallest that can be reached is {smallest[name]:g}",
                 smallest,
             )
+    solve = choose if objective == "sum" else choose_least_greatest
     try:
-        picked = choose(losses, costs, room.tolist())
+        picked = solve(losses, costs, room.tolist())
     except BudgetError as error:
         raise BudgetError(
             f"the budgets cannot be kept together; each by itself can go down to {offer}", smallest
@@ -74,20 +133,19 @@ def choose_by_rule(layers: Sequence[AnalysedLayer], rule: Rule) -> list[tuple[Ch
         if layer.reason is not None:
             choices.append((None, layer.reason))
             continue
-        method, family = next(iter(layer.families.items()))
-        rank = rank_by_rule(family, rule)
+        method = next(iter(layer.methods))
+        rank = rank_by_rule(layer.spectra[method], layer.grids[method], rule)
         found = [c for c in layer.candidates if c.method == method and c.rank == rank]
         beyond = f"rank {rank} of {method} is beyond break-even"
         choices.append((found[0], None) if found else (None, beyond))
     return choices
 
 
-def rank_by_rule(family: Family, rule: Rule) -> Rank:
-    """The rule's rank for each spectrum of the family, rounded up to the next candidate's."""
-    entries = zip(*family.ranks(), strict=True)
+def rank_by_rule(spectra: Sequence[Spectrum], grid: Sequence[Sequence[int]], rule: Rule) -> Rank:
+    """The rule's rank for each spectrum, rounded up to the next candidate's."""
     return tuple(
-        min(candidate for candidate in set(entry) if candidate >= min(rule(spectrum), max(entry)))
-        for spectrum, entry in zip(family.spectra, entries, strict=True)
+        min(candidate for candidate in entry if candidate >= min(rule(spectrum), max(entry)))
+        for spectrum, entry in zip(spectra, grid, strict=True)
     )
 
 
@@ -96,15 +154,17 @@ def layer_plan(
 ) -> LayerPlan:
     """The entry of a plan for one layer; costs per sample."""
 
-    def cost(of: AnalysedLayer | Candidate) -> Cost:
-        return Cost(of.parameters, round(of.macs / batch_size))
+    def cost(of: Choice) -> Cost:
+        counts = of or layer
+        macs = round(counts.macs / batch_size)
+        return Cost(counts.parameters, macs, milliseconds_of(layer, of))
 
     if choice is None:
-        return LayerPlan(layer.name, layer.layer, cost(layer), cost(layer), reason=reason)
+        return LayerPlan(layer.name, layer.layer, cost(None), cost(None), reason=reason)
     return LayerPlan(
         layer.name,
         layer.layer,
-        before=cost(layer),
+        before=cost(None),
         after=cost(choice),
         method=choice.method,
         settings=asdict(layer.methods[choice.method]),

@@ -4,15 +4,8 @@ Order matters in one way: a rule that reads ranks off one spectrum (EVBMF, energ
 uses the first method that applies to a layer; a budget lets all of them compete.
 """
 
-from rankfold.methods.method import (
-    WEIGHT_METRIC,
-    Family,
-    Method,
-    Moments,
-    Rank,
-    Spectrum,
-    aligned_ranks,
-)
+from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_ranks
+from rankfold.methods.moments import WEIGHT_METRIC, Moments
 from rankfold.methods.svd import LowRank
 from rankfold.methods.tucker2 import Tucker2
 

@@ -11,21 +11,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from rankfold.methods.moments import Moments
+
 Rank = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Moments:
-    """The metric of one layer: second moments that weigh its approximation error.
-
-    `None` stands for the identity, so that `Moments()` is the plain weight metric.
-    """
-
-    inputs: torch.Tensor | None = None  # A = E[x xᵀ], (in, in), float64
-    gradients: torch.Tensor | None = None  # G = E[g gᵀ], (out, out), float64
-
-
-WEIGHT_METRIC = Moments()
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,7 @@ class Family(Protocol):
         """The candidates, aligned to what the hardware likes, up to full rank."""
 
     def loss(self, rank: Rank) -> float:
-        """In the weight metric: the squared error of the weight, relative to its squared norm."""
+        """What the truncation to this rank costs, in the unit of the metric (see `Moments`)."""
 
     def build(self, rank: Rank) -> nn.Sequential:
         """The factorized layer of any rank within bounds, fitted; raises RankError outside."""
@@ -66,7 +54,7 @@ class Method(Protocol):
         """Why the method cannot take this layer ("grouped convolution, groups=4"), or None."""
 
     def fit(self, layer: Any, moments: Moments) -> Family:
-        """Fit the method to a layer for which `why_not` is None."""
+        """Fit the method, in a metric, to a layer for which `why_not` is None."""
 
     def skeleton(self, layer: Any, rank: Rank) -> nn.Sequential:
         """The form at this rank on the meta device: shapes only; raises RankError."""
@@ -81,9 +69,3 @@ def check_alignment(alignment: int) -> None:
     """Raise ValueError unless the alignment is an integer of at least 1."""
     if type(alignment) is not int or alignment < 1:
         raise ValueError(f"alignment is an integer of at least 1, not {alignment!r:.40}")
-
-
-def weight_metric_only(method: Method, moments: Moments) -> None:
-    """Raise NotImplementedError for a metric that a method does not take."""
-    if moments != WEIGHT_METRIC:
-        raise NotImplementedError(f"{method.name} is fitted in the weight metric only")

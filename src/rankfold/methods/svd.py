@@ -1,7 +1,8 @@
 """Singular value decomposition of a linear layer, or of a convolution seen as one.
 
 The two-factor form: Denton et al. 2014 and Kim et al. 2016 (section 3.1, first and fully connected
-layers) for the weight metric. The error-minimising truncation is Eckart and Young's.
+layers) for the weight metric. In the metric of second moments of the inputs it is the whitened SVD
+(Zhang et al. 2016, SVD-LLM), with those of the gradients as well the Kronecker-factored Fisher's.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rankfold.decompose import SVD, svd
+from rankfold.decompose import svd
+from rankfold.decompose.decomposition import working_precision
+from rankfold.decompose.matrix import leading_eigenvectors
 from rankfold.layers import (
     CONVOLUTIONS,
     Dense,
@@ -21,14 +24,8 @@ from rankfold.layers import (
     assign_factors,
     check_ranks,
 )
-from rankfold.methods.method import (
-    Moments,
-    Rank,
-    Spectrum,
-    aligned_ranks,
-    check_alignment,
-    weight_metric_only,
-)
+from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment
+from rankfold.methods.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,8 @@ class LowRank:
         return None if groups == 1 else f"grouped convolution, groups={groups}"
 
     def fit(self, layer: Dense, moments: Moments) -> "LowRankFamily":
-        weight_metric_only(self, moments)
-        weight = layer.weight.detach().flatten(1)
-        return LowRankFamily(layer, svd(weight), self.alignment)
+        left, right, values = _factors(layer.weight.detach(), moments)
+        return LowRankFamily(layer, left, right, values, moments, self.alignment)
 
     def skeleton(self, layer: Dense, rank: Rank) -> nn.Sequential:
         return _form(layer, rank)
@@ -65,37 +61,72 @@ class LowRank:
 
 @dataclass(frozen=True)
 class LowRankFamily:
-    """All truncations of one singular value decomposition."""
+    """All truncations of one singular value decomposition, in the metric of the moments."""
 
     layer: Dense
-    decomposition: SVD
+    left: torch.Tensor  # (out, full rank)
+    right: torch.Tensor  # (full rank, in * kernel size), of the same norms as the columns of left
+    singular_values: torch.Tensor  # (full rank,), of the whitened weight, float64
+    moments: Moments
     alignment: int
 
     @property
     def spectra(self) -> Sequence[Spectrum]:
-        rows, columns = self.decomposition.u.shape[0], self.decomposition.vh.shape[1]
-        return (Spectrum(self.decomposition.singular_values.double(), (rows, columns)),)
+        return (Spectrum(self.singular_values, (self.left.shape[0], self.right.shape[1])),)
 
     def ranks(self) -> Sequence[Rank]:
-        limit = self.decomposition.ranks[0]
-        return [(rank,) for rank in aligned_ranks(limit, self.alignment)]
+        return [(rank,) for rank in aligned_ranks(self.left.shape[1], self.alignment)]
 
     @cached_property
-    def _lost(self) -> torch.Tensor:
-        """Share of the energy beyond each rank: (full rank + 1,), from 1 to 0."""
-        energy = self.decomposition.singular_values.double().square()
+    def _losses(self) -> torch.Tensor:
+        """Of each rank from 0 on: (full rank + 1,)."""
+        energy = self.singular_values.square()
         beyond = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
-        return (beyond / beyond[0].clamp_min(torch.finfo(torch.float64).tiny)).cpu()
+        return self.moments.loss_of(beyond, self.layer.weight.detach())
 
     def loss(self, rank: Rank) -> float:
-        check_ranks(rank, self.decomposition.ranks, self.layer)
-        return self._lost[rank[0]].item()
+        check_ranks(rank, self.left.shape[1:], self.layer)
+        return self._losses[rank[0]].item()
 
     def build(self, rank: Rank) -> nn.Sequential:
         form = _form(self.layer, rank)
-        left, right = self.decomposition.truncate(*rank).balanced()
-        assign_factors(form, (right, left), self.layer)
+        assign_factors(form, (self.right[: rank[0]], self.left[:, : rank[0]]), self.layer)
         return form
+
+
+def _factors(
+    weight: torch.Tensor, moments: Moments
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Left and right factors at full rank, balanced, and the singular values, in the metric."""
+    weight = working_precision(weight)
+    if moments.is_plain:
+        plain = svd(weight.flatten(1))
+        return *plain.balanced(), plain.singular_values.double()
+    double = weight.double().flatten(1)
+    rows, columns = double.shape
+    full = min(rows, columns)
+    if rows <= columns or (moments.inputs is not None and len(moments.inputs) != columns):
+        # Ŵ = G^-½ U Uᵀ G^½ W, with U of (G^½ W) A (G^½ W)ᵀ: A needs no root, let alone an inverse.
+        root, inverse = moments.output_roots or _identities(double, rows)
+        turned = root @ double
+        squares, u = leading_eigenvectors(
+            moments.times_inputs(turned.reshape(weight.shape)) @ turned.mT
+        )
+        left, right = inverse @ u[:, :full], u[:, :full].mT @ turned
+    else:
+        root, inverse = moments.input_roots or _identities(double, columns)
+        turned = double @ root
+        squares, v = leading_eigenvectors(turned.mT @ moments.times_gradients(turned))
+        left, right = turned @ v, v.mT @ inverse
+    lengths = torch.linalg.vector_norm(left, dim=0), torch.linalg.vector_norm(right, dim=1)
+    ratio = torch.where(lengths[0] * lengths[1] > 0, (lengths[1] / lengths[0]).sqrt(), 1)
+    left, right = left * ratio, right / ratio[:, None]
+    return left.to(weight.dtype), right.to(weight.dtype), squares[:full].sqrt()
+
+
+def _identities(like: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    identity = torch.eye(size, dtype=like.dtype, device=like.device)
+    return identity, identity
 
 
 def _form(layer: Dense, rank: Rank) -> nn.Sequential:

@@ -1,0 +1,81 @@
+"""What a few batches say of a network: moments of its layers, and a judge of its outputs."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankfold.analysis.curvature import Curvature, Identity, Labels, Outputs, Softmax
+from rankfold.analysis.divergence import Judge
+from rankfold.analysis.statistics import Statistics, gather
+from rankfold.batches import Data, Forward, check_data, device_of, first_batches, tensors_of
+from rankfold.errors import CalibrationError
+from rankfold.layers import Dense
+from rankfold.progress import Progress
+
+
+@dataclass(frozen=True)
+class Calibration:
+    statistics: Mapping[str, Statistics]  # by layer
+    judge: Judge
+    curvatures: tuple[str, ...]  # that were gathered for at least one layer
+
+
+def calibrate(
+    model: nn.Module,
+    data: Data,
+    layers: Mapping[str, Dense],
+    *,
+    forward: Forward,
+    outputs: Outputs | None,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
+    temperatures: Sequence[float],
+    batches: int,
+    held_out: int,
+    seed: int,
+    progress: Progress,
+) -> Calibration:
+    """Go once through the first batches of the data: those held out first, then the others.
+
+    Raises CalibrationError for data that yields nothing, or batches, activations or gradients that
+    are not finite; ModelError for a model that does not run.
+    """
+    kept, count = _split(data, batches, held_out)
+    stream = _finite(first_batches(data, kept + count, device_of(model)))
+    held = list(itertools.islice(stream, kept))
+    if kept == 0:  # a single batch serves for both
+        held = list(stream)
+        stream = iter(held)
+    judge = Judge.of(model, forward, held, outputs)
+    curvatures: list[Curvature] = [Identity()]
+    if loss_fn is not None:
+        curvatures = [Labels(loss_fn)]
+    elif judge.kind == "logits":
+        curvatures = [*(Softmax(temperature) for temperature in temperatures), Identity()]
+    work = progress(stream, "gathering moments", count)
+    statistics = gather(model, layers, work, forward, curvatures, seed=seed)
+    gathered = {name for one in statistics.values() for name in one.gradients}
+    names = tuple(curvature.name for curvature in curvatures if curvature.name in gathered)
+    return Calibration(statistics, judge, names)
+
+
+def _split(data: Data, batches: int, held_out: int) -> tuple[int, int]:
+    """How many batches to hold out, and how many to calibrate on."""
+    check_data(data)
+    most = batches + held_out
+    there = len(data) if isinstance(data, Sized) else sum(1 for _ in itertools.islice(data, most))
+    there = min(there, most)
+    if there < 2:
+        return 0, 1
+    kept = min(held_out, max(1, there // 5))
+    return kept, min(batches, there - kept)
+
+
+def _finite(batches: Iterator[Any]) -> Iterator[Any]:
+    for index, batch in enumerate(batches):
+        if not all(torch.isfinite(tensor).all() for tensor in tensors_of(batch)):
+            raise CalibrationError(f"batch {index} of the data holds NaN or infinity")
+        yield batch

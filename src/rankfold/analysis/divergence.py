@@ -1,0 +1,68 @@
+"""How far the outputs of a changed network are from the original's, on batches held out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankfold.analysis.curvature import Outputs, classes_last, first_tensor, kind_of
+from rankfold.batches import Forward, batch_size, run_or_explain, running, tensors_of
+from rankfold.errors import CalibrationError
+from rankfold.replacement import swapped
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The original's outputs on a few batches, to compare others with."""
+
+    model: nn.Module
+    forward: Forward
+    batches: Sequence[Any]
+    targets: Sequence[Any]
+    kind: Outputs
+
+    @staticmethod
+    def of(
+        model: nn.Module, forward: Forward, batches: Sequence[Any], kind: Outputs | None
+    ) -> "Judge":
+        """Of outputs that are logits or values; None: as they look."""
+        with running(model), torch.no_grad():
+            targets = [run_or_explain(forward, model, b, i) for i, b in enumerate(batches)]
+        if not any(tensor.numel() for target in targets for tensor in tensors_of(target)):
+            raise CalibrationError("the outputs of the model hold no tensor of real numbers")
+        return Judge(model, forward, batches, targets, kind or kind_of(targets[0]))
+
+    def smaller(self) -> "Judge":
+        """With half of the batches."""
+        half = max(1, len(self.batches) // 2)
+        return replace(self, batches=self.batches[:half], targets=self.targets[:half])
+
+    def divergence(self, replacements: Mapping[nn.Module, nn.Module]) -> float:
+        """Of the model with some layers replaced for the while, from the model as it is.
+
+        For logits the Kullback-Leibler divergence in nats per sample; for values the squared error
+        relative to the squared norm, halved. Infinite where the outputs are not finite.
+        """
+        total = weight = 0.0
+        with swapped(self.model, replacements) as network, running(network), torch.no_grad():
+            for index, (batch, target) in enumerate(zip(self.batches, self.targets, strict=True)):
+                output = run_or_explain(self.forward, network, batch, index)
+                if self.kind == "logits":
+                    total += _kl(first_tensor(target), first_tensor(output))
+                    weight += batch_size(batch)
+                else:
+                    for ours, theirs in zip(tensors_of(output), tensors_of(target), strict=True):
+                        total += (ours.double() - theirs.double()).square().sum().item() / 2
+                        weight += theirs.double().square().sum().item()
+        found = total / weight if weight else 0.0
+        return found if math.isfinite(found) else math.inf
+
+
+def _kl(target: torch.Tensor, output: torch.Tensor) -> float:
+    """Summed over samples and positions."""
+    expected = classes_last(target).double().log_softmax(-1)
+    found = classes_last(output).double().log_softmax(-1)
+    return (expected.exp() * (expected - found)).sum().item()

@@ -1,0 +1,210 @@
+"""How long layers take: measured on the device that they will run on, and remembered on disk.
+
+Multiply-accumulates are not time. Each layer, and what could replace it at a coarse grid of ranks,
+is timed alone on inputs of its own shapes, in the memory format and with the threads it will run
+with; between the ranks of the grid times are interpolated.
+"""
+
+import copy
+import math
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.interpolate import RegularGridInterpolator
+from torch import nn
+
+from rankfold.analysis.timing_cache import TimingCache
+from rankfold.batches import Forward, device_of, run_or_explain, running
+from rankfold.measure import latencies, with_memory_format
+from rankfold.methods import Method, Rank
+from rankfold.progress import Progress, silent
+
+_GRID = {1: 6, 2: 4}  # ranks timed per entry, by the number of entries; 3 for more
+_RUNS = (7, 60)
+_SECONDS = 0.04
+
+
+@dataclass(frozen=True)
+class LayerTiming:
+    """Milliseconds of one layer over all its calls, dense and at a grid of ranks of each method."""
+
+    dense_ms: float
+    grids: Mapping[str, tuple[tuple[int, ...], ...]]
+    tables: Mapping[str, np.ndarray]
+
+    def of(self, method: str, ranks: Sequence[Rank]) -> np.ndarray:
+        """Milliseconds of each rank, interpolated; beyond the grid those of its edge."""
+        grid, table = self.grids[method], self.tables[method]
+        points = np.clip(np.array(ranks, dtype=float), [e[0] for e in grid], [e[-1] for e in grid])
+        # An axis of one rank alone has nothing to interpolate.
+        kept = [axis for axis, entry in enumerate(grid) if len(entry) > 1]
+        if not kept:
+            return np.full(len(points), table.item())
+        interpolate = RegularGridInterpolator([grid[axis] for axis in kept], table.squeeze())
+        return interpolate(points[:, kept])
+
+
+@dataclass(frozen=True)
+class NetworkTiming:
+    """Milliseconds of the whole dense network on the first calibration batch."""
+
+    dense_ms: float  # in its faster memory format
+    rest_ms: float  # in the format of the timings, without the layers that could be replaced
+    memory_format: str
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class LayerToTime:
+    name: str
+    module: nn.Module
+    input_shapes: tuple[tuple[int, ...], ...]
+    methods: Mapping[str, Method]
+    ranks: Mapping[str, Sequence[Rank]]  # of the candidates, by method
+
+
+def time_network(
+    model: nn.Module,
+    batch: Any,
+    layers: Sequence[LayerToTime],
+    forward: Forward,
+    cache: TimingCache,
+    progress: Progress = silent,
+) -> tuple[NetworkTiming, dict[str, LayerTiming]]:
+    """Time the network on the batch in eval mode, and each layer with all that could replace it.
+
+    In channels-last format if the network has 2-D convolutions, in which thin ones gain most. The
+    network itself is timed anew, layers are looked up in the cache first.
+    """
+    device = device_of(model)
+    formats = ["contiguous"]
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        formats.append("channels_last")
+    networks = [with_memory_format(model, name) for name in formats]
+    calls = [partial(run_or_explain, forward, network, batch, 0) for network in networks]
+    with torch.no_grad():
+        for network in networks:
+            network.eval()
+        with running(model):
+            whole = latencies(calls, device, progress)
+    stopwatch = _Stopwatch(device, formats[-1], cache)
+    timings = {layer.name: stopwatch.layer(layer) for layer in progress(layers, "timing layers")}
+    rest = max(0.0, whole[-1] - sum(timing.dense_ms for timing in timings.values()))
+    network_timing = NetworkTiming(
+        min(whole), rest, formats[-1], device_name(device), torch.get_num_threads()
+    )
+    return network_timing, timings
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or the accelerator's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    if device.type == "cpu" and path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or str(device)
+
+
+@dataclass(frozen=True)
+class _Stopwatch:
+    device: torch.device
+    memory_format: str
+    cache: TimingCache
+
+    def layer(self, layer: LayerToTime) -> LayerTiming:
+        dtype = next(layer.module.parameters()).dtype
+        dense = self._milliseconds(layer.module, layer.input_shapes, dtype)
+        grids, tables = {}, {}
+        for key, method in layer.methods.items():
+            if not layer.ranks[key]:
+                continue
+            grid = coarse_grid(layer.ranks[key])
+            table = np.array(
+                [
+                    self._milliseconds(
+                        method.skeleton(layer.module, rank), layer.input_shapes, dtype
+                    )
+                    for rank in product(*grid)
+                ]
+            ).reshape([len(entry) for entry in grid])
+            # More rank never takes less time: what says so is noise.
+            for axis in range(table.ndim):
+                table = np.maximum.accumulate(table, axis)
+            grids[key], tables[key] = grid, table
+        return LayerTiming(dense, grids, tables)
+
+    def _milliseconds(
+        self, layer: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+    ) -> float:
+        return sum(shapes.count(shape) * self._one(layer, shape, dtype) for shape in set(shapes))
+
+    def _one(self, layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+        key = (
+            f"{device_name(self.device)}, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}, {dtype}, {self.memory_format}, {shape}: {layer!r}"
+        )
+        known = self.cache.get(key)
+        if known is None:
+            known = self._measure(layer, shape, dtype)
+            self.cache.put(key, known)
+        return known
+
+    def _measure(self, layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+        ready = _filled(layer, self.device)
+        given = torch.rand(shape, device=self.device).to(dtype)
+        if self.memory_format == "channels_last" and given.dim() == 4:
+            ready = with_memory_format(ready, self.memory_format)
+            given = given.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            return median_milliseconds(ready, given)
+
+
+def coarse_grid(ranks: Sequence[Rank]) -> tuple[tuple[int, ...], ...]:
+    """For each entry of a rank a few of its values, the least and greatest among them."""
+    grid = []
+    for entry in zip(*ranks, strict=True):
+        values = sorted(set(entry))
+        most = _GRID.get(len(ranks[0]), 3)
+        wanted = np.geomspace(values[0], values[-1], most)
+        nearest = {values[int(np.abs(np.array(values) - one).argmin())] for one in wanted}
+        grid.append(tuple(sorted(nearest)))
+    return tuple(grid)
+
+
+def _filled(layer: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a layer of any device with random weights, in eval mode."""
+    filled = copy.deepcopy(layer).to("meta").to_empty(device=device).eval()
+    with torch.no_grad():
+        for parameter in filled.parameters():
+            parameter.copy_(torch.rand(parameter.shape, device=device) - 0.5)
+    return filled
+
+
+def median_milliseconds(layer: nn.Module, given: torch.Tensor) -> float:
+    """Of enough runs to fill a little time, after two that are not counted."""
+    device = given.device
+
+    def once() -> float:
+        start = time.perf_counter()
+        layer(given)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    first = max(once(), 1e-7)
+    runs = min(max(math.ceil(_SECONDS / first), _RUNS[0]), _RUNS[1])
+    return 1e3 * statistics.median(once() for _ in range(runs))

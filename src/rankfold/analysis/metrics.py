@@ -1,0 +1,82 @@
+"""The metrics that layers can be approximated in, by name.
+
+    weight                plain SVD, HOSVD
+    response              the second moment of the inputs (Zhang et al. 2016); under the name
+                          svd-llm (Wang et al. 2025), the same, each layer relative to its own
+    fisher:<curvature>    inputs and gradients; "fisher" alone takes the first curvature there is
+    asvd                  inputs scaled by their mean magnitude to the power ½ (Yuan et al. 2023)
+    fwsvd                 rows weighted by their Fisher information (Hsu et al. 2022)
+
+Where gradients are known, weight and response are put in the unit of the Fisher metric by the mean
+of what they leave out, so that their losses can be compared between layers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from rankfold.analysis.statistics import Statistics
+from rankfold.errors import CalibrationError, RankfoldError
+from rankfold.methods import WEIGHT_METRIC, Moments
+
+METRICS = ("weight", "response", "fisher", "svd-llm", "asvd", "fwsvd")
+# Of the mean eigenvalue, added to all: what few samples did not show is not nothing.
+DAMPING = 0.05
+_INPUT_DAMPING = 1e-6
+
+
+def check_metric(metric: str) -> None:
+    """Raise RankfoldError unless there is such a metric."""
+    if metric != "auto" and metric.partition(":")[0] not in METRICS:
+        raise RankfoldError(f"no metric '{metric}'; there are auto, {', '.join(METRICS)}")
+
+
+def moments_of(metric: str, statistics: Statistics | None, damping: float = DAMPING) -> Moments:
+    """The moments of a layer in a metric; those of the weight metric where nothing is known of it.
+
+    Raises CalibrationError for a curvature that was not gathered.
+    """
+    if statistics is None:
+        return WEIGHT_METRIC
+    name, _, curvature = metric.partition(":")
+    if name == "svd-llm":
+        return Moments(inputs=_damped(statistics.inputs, _INPUT_DAMPING))
+    if name == "asvd":
+        return Moments(inputs=torch.diag(statistics.magnitudes))
+    if not statistics.gradients:
+        inputs = None if name in ("weight", "fwsvd") else statistics.inputs
+        return WEIGHT_METRIC if inputs is None else Moments(_damped(inputs, _INPUT_DAMPING))
+    gradients = _gradients(statistics, curvature)
+    if name == "fwsvd":
+        return Moments(gradients=torch.diag(_damped(gradients, 1e-6).diagonal()))
+    inputs = _damped(statistics.inputs, _INPUT_DAMPING)
+    half = statistics.positions / 2
+    if name == "fisher":
+        return Moments(inputs, _damped(gradients, damping), half)
+    mean_gradient = gradients.diagonal().mean().item()
+    if name == "response":
+        return Moments(inputs, None, half * mean_gradient)
+    return Moments(None, None, half * mean_gradient * inputs.diagonal().mean().item())
+
+
+def competing(curvatures: Sequence[str]) -> list[str]:
+    """The metrics that "auto" chooses from."""
+    if not curvatures:
+        return ["response"]
+    return [*(f"fisher:{name}" for name in curvatures), f"response:{curvatures[0]}"]
+
+
+def _gradients(statistics: Statistics, curvature: str) -> torch.Tensor:
+    name = curvature or next(iter(statistics.gradients))
+    if name not in statistics.gradients:
+        raise CalibrationError(
+            f"no curvature '{name}' was gathered; there are {', '.join(statistics.gradients)}"
+        )
+    return statistics.gradients[name]
+
+
+def _damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """The moment plus a share of its mean eigenvalue; the identity for a moment of nothing."""
+    mean = moment.diagonal().mean()
+    identity = torch.eye(len(moment), dtype=moment.dtype)
+    return identity if mean == 0 else moment + damping * mean * identity

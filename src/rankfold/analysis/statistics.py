@@ -1,0 +1,231 @@
+"""Second moments of the inputs of layers and of the gradients at their outputs.
+
+One streaming pass: every batch runs forward once and backward once for each probe of the outputs,
+and what is kept are the moments alone.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from rankfold.analysis.curvature import Curvature
+from rankfold.batches import Forward, batch_size, run_or_explain, running
+from rankfold.errors import CalibrationError
+from rankfold.layers import CONVOLUTIONS, Convolution, Dense
+
+# Up to this many entries of a patch its whole moment is kept; of larger ones, the channels'.
+PATCH_LIMIT = 2304
+# Positions that one call of a layer adds at most: this many, or twice the entries of a patch.
+_POSITIONS = 2048
+_ROWS = 4096  # of one float32 product
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the calibration data says of one layer; all tensors float64 on the CPU."""
+
+    inputs: torch.Tensor  # A = E[x xᵀ], of patches (in * kernel,) squared, or channels (in, in)
+    magnitudes: torch.Tensor  # E|x|, (in * kernel,) or (in,) likewise
+    gradients: Mapping[str, torch.Tensor]  # by curvature: G = E[g gᵀ], (out, out)
+    positions: float  # outputs of the layer in one sample
+
+
+def gather(
+    model: nn.Module,
+    layers: Mapping[str, Dense],
+    batches: Iterable[Any],
+    forward: Forward,
+    curvatures: Sequence[Curvature],
+    *,
+    probes: int = 1,
+    seed: int = 0,
+) -> dict[str, Statistics]:
+    """The statistics of the named layers, from all batches, the model in eval mode on its device.
+
+    Products of float32 rows are added up in float64. Where a call has very many positions, random
+    ones of them count. A layer without gradients (its outputs do not reach the model's, or the
+    model forbids them) has none in its statistics. Raises CalibrationError, naming layer and batch,
+    for activations or gradients that are not finite, ModelError for a model that does not run.
+    """
+    sums = {name: _Sums(layer) for name, layer in layers.items()}
+    watcher = _Watcher(sums, torch.Generator().manual_seed(seed))
+    probing = torch.Generator().manual_seed(seed)
+    samples = 0
+    hooks = [
+        layer.register_forward_hook(partial(watcher.forward, name))
+        for name, layer in layers.items()
+    ]
+    try:
+        with running(model), _frozen(model), torch.enable_grad(), _cudnn_for(model):
+            for index, batch in enumerate(batches):
+                watcher.batch = index
+                samples += batch_size(batch)
+                outputs = run_or_explain(forward, model, batch, index)
+                for curvature in curvatures:
+                    watcher.curvature = curvature.name
+                    for _ in range(probes):
+                        curvature.backward(outputs, batch, probing)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total.mean(samples) for name, total in sums.items() if total.count > 0}
+
+
+@dataclass
+class _Sums:
+    """Running sums of one layer."""
+
+    layer: Dense
+    inputs: torch.Tensor | None = None
+    magnitudes: torch.Tensor | None = None
+    count: int = 0
+    positions: int = 0
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradient_counts: dict[str, int] = field(default_factory=dict)
+
+    def mean(self, samples: int) -> Statistics:
+        assert self.inputs is not None and self.magnitudes is not None
+        return Statistics(
+            (self.inputs / self.count).cpu(),
+            (self.magnitudes / self.count).cpu(),
+            {
+                name: (total / self.gradient_counts[name]).cpu()
+                for name, total in self.gradients.items()
+            },
+            self.positions / samples,
+        )
+
+
+class _Watcher:
+    """The hooks."""
+
+    def __init__(self, sums: Mapping[str, _Sums], generator: torch.Generator) -> None:
+        self.sums = sums
+        self.generator = generator
+        self.batch = 0
+        self.curvature = ""
+
+    def forward(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        total = self.sums[name]
+        with torch.no_grad():
+            total.positions += output.numel() // total.layer.weight.shape[0]
+            rows = self._input_rows(total.layer, inputs[0].detach())
+            self._check(rows, f"layer '{name}' is given", "")
+            total.inputs = _add_gram(total.inputs, rows)
+            magnitude = rows.abs().double().sum(0)
+            total.magnitudes = magnitude + (0 if total.magnitudes is None else total.magnitudes)
+            total.count += len(rows)
+        if not torch.is_grad_enabled():
+            return output
+        if not output.requires_grad:
+            # The graph begins here; a copy, because what follows may work in place.
+            output = output.requires_grad_().clone()
+        output.register_hook(partial(self._backward, name))
+        return output
+
+    def _backward(self, name: str, gradient: torch.Tensor) -> None:
+        total = self.sums[name]
+        rows = gradient.detach()
+        if isinstance(total.layer, CONVOLUTIONS):
+            rows = _batched(total.layer, rows).movedim(1, -1)
+        rows = rows.reshape(-1, total.layer.weight.shape[0])
+        rows = rows[self._some(len(rows), rows.shape[1])]
+        self._check(rows, f"layer '{name}' gets", "gradients ")
+        summed = _add_gram(total.gradients.get(self.curvature), rows)
+        total.gradients[self.curvature] = summed
+        counts = total.gradient_counts
+        counts[self.curvature] = counts.get(self.curvature, 0) + len(rows)
+
+    def _check(self, rows: torch.Tensor, who: str, what: str) -> None:
+        if not torch.isfinite(rows).all():
+            raise CalibrationError(f"{who} {what}NaN or infinity on batch {self.batch}")
+
+    def _input_rows(self, layer: Dense, given: torch.Tensor) -> torch.Tensor:
+        """What the layer multiplies its weight with, one position a row."""
+        if isinstance(layer, nn.Linear):
+            rows = given.reshape(-1, given.shape[-1])
+            return rows[self._some(len(rows), rows.shape[1])]
+        if layer.weight[0].numel() > PATCH_LIMIT:
+            rows = _batched(layer, given).movedim(1, -1).reshape(-1, layer.in_channels)
+            return rows[self._some(len(rows), rows.shape[1])]
+        patches = _patches(layer, given)
+        positions = (patches.shape[0], *patches.shape[1 : patches.dim() // 2])
+        count = torch.Size(positions).numel()
+        chosen = self._some(count, layer.weight[0].numel())
+        if isinstance(chosen, slice):
+            chosen = torch.arange(count)
+        places = torch.unravel_index(chosen.to(given.device), positions)
+        return patches[places].flatten(1)
+
+    def _some(self, count: int, entries: int) -> torch.Tensor | slice:
+        """All positions, or random ones of very many."""
+        most = max(_POSITIONS, 2 * entries)
+        if count <= most:
+            return slice(None)
+        return torch.randint(count, (most,), generator=self.generator)
+
+
+def _batched(layer: Convolution, tensor: torch.Tensor) -> torch.Tensor:
+    """(samples, channels, ...), also of a single sample without its own dimension."""
+    return tensor if tensor.dim() == layer.weight.dim() else tensor[None]
+
+
+def _patches(layer: Convolution, given: torch.Tensor) -> torch.Tensor:
+    """A view (samples, *positions, channels, *kernel) of what a convolution multiplies."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    around = cast(Any, layer)._reversed_padding_repeated_twice
+    padded = nn.functional.pad(_batched(layer, given), around, mode=mode).contiguous()
+    samples, channels, *lengths = padded.shape
+    first, second, *steps = padded.stride()
+    geometry = zip(lengths, layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    positions = [
+        (length - dilation * (size - 1) - 1) // stride + 1
+        for length, size, stride, dilation in geometry
+    ]
+    return padded.as_strided(
+        (samples, *positions, channels, *layer.kernel_size),
+        (
+            first,
+            *(step * stride for step, stride in zip(steps, layer.stride, strict=True)),
+            second,
+            *(step * dilation for step, dilation in zip(steps, layer.dilation, strict=True)),
+        ),
+    )
+
+
+def _add_gram(total: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """The total, float64, plus rowsᵀ rows, scaled so that no square under- or overflows."""
+    size = rows.shape[1]
+    if total is None:
+        total = torch.zeros(size, size, dtype=torch.float64, device=rows.device)
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    greatest = rows.abs().max().item() if rows.numel() else 0.0
+    if greatest == 0:
+        return total
+    for part in (rows / greatest).split(_ROWS):
+        total += greatest**2 * (part.mT @ part).double()
+    return total
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of parameters: they would cost as much as those that are wanted."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _cudnn_for(model: nn.Module) -> Any:
+    """Off for recurrent layers: cuDNN's have no backward pass in eval mode, torch's own have."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    return torch.backends.cudnn.flags(enabled=not recurrent)

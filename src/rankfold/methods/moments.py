@@ -1,0 +1,104 @@
+"""The metric that a layer is approximated in: what an error of its weight costs the network.
+
+For a layer y = W x the loss rises, to second order, by about
+
+    ½ T tr(G Δ A Δᵀ)
+
+when W becomes W + Δ: A = E[x xᵀ] over the positions of the inputs, G = E[g gᵀ] over those of the
+gradients of the loss with respect to y, T positions in a sample (the Kronecker-factored Fisher
+matrix: Martens and Grosse 2015; for convolutions Grosse and Martens 2016).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from rankfold.decompose import symmetric_roots
+
+# Least over greatest eigenvalue of a moment whose inverse root is taken.
+_FLOOR = 1e-10
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments that weigh the error of a weight (out, in, *kernel); None: the identity.
+
+    `Moments()` is the plain weight metric. The inputs' moment is that of whole patches, or of the
+    channels alone, the same at every place of the kernel. All float64.
+    """
+
+    inputs: torch.Tensor | None = None  # A: (in * kernel size,) squared, or (in, in)
+    gradients: torch.Tensor | None = None  # G: (out, out)
+    scale: float | None = None
+    """Loss per unit of tr(G Δ A Δᵀ); None: relative to that of the whole weight."""
+
+    def to(self, device: torch.device) -> "Moments":
+        """The same on a device."""
+        inputs, gradients = self.inputs, self.gradients
+        return Moments(
+            None if inputs is None else inputs.to(device),
+            None if gradients is None else gradients.to(device),
+            self.scale,
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all errors count the same."""
+        return self.inputs is None and self.gradients is None
+
+    def times_inputs(self, weight: torch.Tensor) -> torch.Tensor:
+        """W A for rows of the weight's shape (..., in, *kernel), unfolded to (..., in * kernel)."""
+        flat = weight.double().flatten(1)
+        if self.inputs is None:
+            return flat
+        if len(self.inputs) == flat.shape[1]:
+            return flat @ self.inputs
+        return torch.einsum("oi...,ij->oj...", weight.double(), self.inputs).flatten(1)
+
+    def times_gradients(self, weight: torch.Tensor) -> torch.Tensor:
+        """G W, unfolded to (out, in * kernel)."""
+        flat = weight.double().flatten(1)
+        return flat if self.gradients is None else self.gradients @ flat
+
+    def squared_error(self, difference: torch.Tensor) -> float:
+        """tr(G Δ A Δᵀ) of a difference of two weights (out, in, *kernel)."""
+        return (self.times_gradients(difference) * self.times_inputs(difference)).sum().item()
+
+    def loss_of(self, squared_error: torch.Tensor | float, weight: torch.Tensor) -> torch.Tensor:
+        """The loss of a squared error in this metric, (...), float64 on the CPU, never negative."""
+        scale = self.scale
+        if scale is None:
+            whole = self.squared_error(weight)
+            scale = 1 / whole if whole > 0 else 0.0
+        errors = torch.as_tensor(squared_error, dtype=torch.float64)
+        return (scale * errors).clamp_min(0).cpu()
+
+    @cached_property
+    def output_roots(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """G^½ and G^-½."""
+        return _roots(self.gradients)
+
+    @cached_property
+    def input_roots(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A^½ and A^-½."""
+        return _roots(self.inputs)
+
+    def of_channels(self, channels: int) -> "Moments":
+        """The same with the moment of the input channels alone: the mean over a kernel's places."""
+        if self.inputs is None or len(self.inputs) == channels:
+            return self
+        places = len(self.inputs) // channels
+        split = self.inputs.reshape(channels, places, channels, places)
+        mean = split.diagonal(dim1=1, dim2=3).mean(-1)
+        return Moments(mean, self.gradients, self.scale)
+
+
+def _roots(moment: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if moment is None:
+        return None
+    found = symmetric_roots(moment, _FLOOR)
+    return found.root, found.inverse_root
+
+
+WEIGHT_METRIC = Moments()

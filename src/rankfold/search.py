@@ -1,0 +1,261 @@
+"""Plans found by trying: what the clock and the metric say of the factorized network decides.
+
+A plan is made from predictions. Here it is applied, the network is measured, and planned again
+until it does what was asked for.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankfold.analysis import Analysis
+from rankfold.analysis.curvature import classes_last, first_tensor, kind_of
+from rankfold.batches import (
+    Data,
+    Forward,
+    batch_size,
+    device_of,
+    first_batches,
+    run,
+    run_or_explain,
+    running,
+)
+from rankfold.errors import BudgetError
+from rankfold.factorize import factorize
+from rankfold.measure import Metric, evaluate, latencies, output_error, with_memory_format
+from rankfold.plan import Cost, LayerPlan, Plan
+from rankfold.progress import Progress, silent
+from rankfold.replacement import swapped
+
+_ROUNDS = 5
+_CLOSE = 0.02  # of the dense time: near enough to the latency asked for
+_NO_GAIN = 0.98  # a part that is not faster than this share of what it replaces is put back
+_HALVINGS = 7
+
+MakePlan = Callable[[float], Plan]
+
+
+@dataclass(frozen=True)
+class TimedPlan:
+    """A plan, its network in the memory format it was timed in, and the share of dense time."""
+
+    plan: Plan
+    model: nn.Module
+    share: float
+
+
+def plan_to_latency(
+    model: nn.Module,
+    analysis: Analysis,
+    latency: float,
+    batch: Any,
+    make_plan: MakePlan,
+    *,
+    forward: Forward = run,
+    progress: Progress = silent,
+) -> TimedPlan:
+    """The plan whose whole network, measured beside the dense one, takes `latency` of its time.
+
+    `latency` is a share of the dense time, or above 1 milliseconds. `make_plan` makes a plan for a
+    predicted latency; where the clock says otherwise it is asked again, in proportion. Layers whose
+    dense form is as fast in the finished network are put back. If nothing can be gained at all, the
+    plan leaves every layer dense. Raises BudgetError if the latency is out of reach.
+    """
+    assert analysis.timing is not None
+    target = latency if latency <= 1 else latency / analysis.timing.dense_ms
+    aim, best = target, None
+    for _ in range(_ROUNDS):
+        try:
+            plan = make_plan(aim)
+        except BudgetError:
+            if best is None:
+                raise
+            break
+        tried = _timed(model, analysis, plan, batch, forward, progress)
+        if best is None or _misses(tried.share, target) < _misses(best.share, target):
+            best = tried
+        if abs(tried.share - target) <= _CLOSE or not plan.factorized:
+            break
+        aim = min(max(aim * target / tried.share, aim / 2), 1.0)
+    assert best is not None
+    if best.share > target + _CLOSE and best.share < 1:
+        raise BudgetError(
+            f"latency cannot be brought to {target:.3g} of the dense network's: the clock says "
+            f"{best.share:.3g} for the best plan",
+            {"latency": best.share},
+        )
+    best = _put_back(model, best, batch, forward, progress)
+    if best.share >= 1:
+        plan = _all_dense(best.plan, "nothing that was tried was faster")
+        return TimedPlan(plan, factorize(model, plan), 1.0)
+    return best
+
+
+def _misses(share: float, target: float) -> float:
+    """Too slow is worse than too fast."""
+    return share - target if share <= target else 4 * (share - target)
+
+
+def _timed(
+    model: nn.Module,
+    analysis: Analysis,
+    plan: Plan,
+    batch: Any,
+    forward: Forward,
+    progress: Progress,
+) -> TimedPlan:
+    assert analysis.timing is not None
+    small = with_memory_format(factorize(model, plan).eval(), analysis.timing.memory_format)
+    dense = [model, with_memory_format(model, analysis.timing.memory_format)]
+    times = _milliseconds([*dense, small], batch, forward, progress)
+    return TimedPlan(plan, small, times[2] / min(times[:2]))
+
+
+def _milliseconds(
+    networks: list[nn.Module], batch: Any, forward: Forward, progress: Progress
+) -> list[float]:
+    calls = [_call(forward, network, batch) for network in networks]
+    modes = [network.training for network in networks]
+    try:
+        for network in networks:
+            network.eval()
+        with torch.no_grad():
+            return latencies(calls, device_of(networks[0]), progress)
+    finally:
+        for network, mode in zip(networks, modes, strict=True):
+            network.train(mode)
+
+
+def _call(forward: Forward, network: nn.Module, batch: Any) -> Callable[[], Any]:
+    return lambda: run_or_explain(forward, network, batch, 0)
+
+
+def _put_back(
+    model: nn.Module, timed: TimedPlan, batch: Any, forward: Forward, progress: Progress
+) -> TimedPlan:
+    """With every layer dense again that gains nothing in the finished network.
+
+    Only those are tried whose predicted gain is small.
+    """
+    doubtful = [
+        entry
+        for entry in timed.plan.factorized
+        if entry.after.latency_ms is not None
+        and entry.before.latency_ms is not None
+        and entry.after.latency_ms > 0.8 * entry.before.latency_ms
+    ]
+    restored: list[str] = []
+    share = timed.share
+    for entry in progress(doubtful, "putting back what does not pay"):
+        layer = model.get_submodule(entry.name)
+        form = timed.model.get_submodule(entry.name)
+        if any(isinstance(module, nn.Conv2d) for module in form.modules()):
+            layer = with_memory_format(layer, "channels_last")
+        with swapped(timed.model, {form: layer}):
+            (dense,) = _milliseconds([timed.model], batch, forward, silent)
+        (factorized,) = _milliseconds([timed.model], batch, forward, silent)
+        if factorized > _NO_GAIN * dense:
+            restored.append(entry.name)
+            share *= dense / factorized
+    if not restored:
+        return timed
+    entries = tuple(
+        _dense(entry, "its factors gain no time in the network")
+        if entry.name in restored
+        else entry
+        for entry in timed.plan.layers
+    )
+    plan = replace(timed.plan, layers=entries, after=_total(timed.plan, entries))
+    small = factorize(model, plan).eval()
+    if any(isinstance(module, nn.Conv2d) for module in small.modules()):
+        small = with_memory_format(small, "channels_last")
+    return TimedPlan(plan, small, share)
+
+
+def _dense(entry: LayerPlan, reason: str) -> LayerPlan:
+    return LayerPlan(entry.name, entry.layer, entry.before, entry.before, reason=reason)
+
+
+def _all_dense(plan: Plan, reason: str) -> Plan:
+    entries = tuple(
+        _dense(entry, reason) if entry.method is not None else entry for entry in plan.layers
+    )
+    return replace(plan, layers=entries, after=plan.before)
+
+
+def _total(plan: Plan, entries: tuple[LayerPlan, ...]) -> Cost:
+    """What the network costs when these entries take the place of the plan's."""
+    after = plan.after
+    latency = after.latency_ms
+    for old, new in zip(plan.layers, entries, strict=True):
+        after = replace(
+            after,
+            parameters=after.parameters + new.after.parameters - old.after.parameters,
+            macs=after.macs + new.after.macs - old.after.macs,
+        )
+        if latency is not None and old.after.latency_ms is not None:
+            latency += (new.after.latency_ms or 0.0) - old.after.latency_ms
+    return replace(after, latency_ms=latency)
+
+
+def cheapest_within(
+    model: nn.Module,
+    data: Data,
+    metric: Metric,
+    max_drop: float,
+    make_plan: MakePlan,
+    progress: Progress = silent,
+) -> Plan:
+    """The plan of the least budget whose network loses at most `max_drop` of the metric.
+
+    Measured on `data` before any recovery. `make_plan` makes a plan for a budget between 0 and 1,
+    and the budget is bisected. Raises BudgetError if no budget tried keeps the metric.
+    """
+    if not max_drop >= 0:
+        raise BudgetError(f"max_drop={max_drop} must not be negative")
+    least = evaluate(metric, model, data) - max_drop
+    low, high, best = 0.0, 1.0, None
+    for _ in progress(range(_HALVINGS), "searching the cheapest plan"):
+        middle = (low + high) / 2
+        try:
+            plan = make_plan(middle)
+        except BudgetError as error:
+            low = max([middle, *(v for v in error.smallest.values() if v < high)])
+            continue
+        if evaluate(metric, factorize(model, plan), data) >= least:
+            best, high = plan, middle
+        else:
+            low = middle
+    if best is None:
+        raise BudgetError(
+            f"no plan that was tried loses at most {max_drop} of the metric before recovery"
+        )
+    return best
+
+
+def teacher_agreement(teacher: nn.Module, forward: Forward = run) -> Metric:
+    """A metric that needs no labels: how often a model decides as the teacher does.
+
+    For outputs that look like logits, the share of positions with the same greatest one; for values
+    1 minus the relative error of the outputs.
+    """
+
+    def agreement(model: nn.Module, data: Data) -> float:
+        same = total = 0.0
+        for index, batch in enumerate(first_batches(data, None, device_of(model))):
+            with running(teacher), torch.no_grad():
+                target = run_or_explain(forward, teacher, batch, index)
+                output = run_or_explain(forward, model, batch, index)
+            if kind_of(target) == "logits":
+                ours, theirs = (classes_last(first_tensor(o)).argmax(-1) for o in (output, target))
+                same += int((ours == theirs).sum())
+                total += ours.numel()
+            else:
+                same += batch_size(batch) * (1 - output_error(target, output))
+                total += batch_size(batch)
+        return same / total
+
+    return agreement
