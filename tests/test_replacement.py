@@ -27,13 +27,9 @@ def test_every_place_of_a_shared_layer_is_taken() -> None:
     old, before = model.first, places(model)
     assert put_in_place(model, {old: new}) is model
     assert model.first is model.block[1] is model.again[1] is model.table["same"] is new
-    assert model.block is model.again is before["block"]
     after = places(model)
     assert old not in after.values()
-    kept = {path: module for path, module in after.items() if new not in after.values()}
-    assert all(before[path] is module for path, module in kept.items())
     assert all(after[path] is before[path] for path in before if before[path] is not old)
-    assert not set(map(id, old.parameters())) & set(map(id, model.parameters()))
 
 
 def test_several_layers_at_once_and_in_every_kind_of_container() -> None:
@@ -43,13 +39,7 @@ def test_several_layers_at_once_and_in_every_kind_of_container() -> None:
     put_in_place(model, dict(zip(old, new, strict=True)))
     assert [model.first, model.table["other"], model.listed[1]] == new
     assert list(model.table) == ["same", "other"] and len(model.listed) == 2
-    assert [name for name, _ in model.named_children()] == [
-        "first",
-        "block",
-        "again",
-        "table",
-        "listed",
-    ]
+    assert list(model._modules) == ["first", "block", "again", "table", "listed"]
 
 
 def test_layers_that_are_not_in_the_model_are_not_missed() -> None:

@@ -10,7 +10,7 @@
 or `small = rankfold.compress(model, data, macs=0.3)` for all but the saving.
 """
 
-from rankfold.analysis import Analysis, analyze
+from rankfold.analysis import Analysis, Overrides, analyze
 from rankfold.batches import Data
 from rankfold.checkpoint import load, save
 from rankfold.compress import compress
@@ -43,6 +43,7 @@ __all__ = [
     "DeviceError",
     "Measurement",
     "ModelError",
+    "Overrides",
     "Plan",
     "PlanError",
     "RankError",

@@ -72,19 +72,27 @@ def choose_least_greatest(
 ) -> list[int]:
     """As `choose`, but of the greatest loss of any group the least (Liebenwein et al. 2021, ALDS).
 
-    In each group the candidate that is cheapest, relative to the limits, of those within the same
-    loss; the loss is found by bisection.
+    Of those within that loss the choice that is cheapest, relative to the limits; the loss is found
+    by bisection.
     """
     limit = np.asarray(limits, dtype=np.float64)
     prices = [(cost / np.where(limit > 0, limit, 1.0)).sum(1) for cost in costs]
 
     def within(most: float) -> list[int] | None:
-        picked = [
-            int(np.where(loss <= most, price, np.inf).argmin())
-            for loss, price in zip(losses, prices, strict=True)
-        ]
-        spent = sum((cost[i] for cost, i in zip(costs, picked, strict=True)), 0 * limit)
-        return picked if (spent <= limit).all() else None
+        allowed = [np.flatnonzero(loss <= most) for loss in losses]
+        if any(len(indices) == 0 for indices in allowed):
+            return None
+        fewer = [price[indices] for price, indices in zip(prices, allowed, strict=True)]
+        picked = [int(price.argmin()) for price in fewer]
+        if len(limit) > 1:  # the cheapest in all may be too dear in one budget
+            kept = [cost[indices] for cost, indices in zip(costs, allowed, strict=True)]
+            try:
+                picked = choose(fewer, kept, limits)
+            except BudgetError:
+                return None
+        found = [int(i[pick]) for i, pick in zip(allowed, picked, strict=True)]
+        spent = sum((cost[i] for cost, i in zip(costs, found, strict=True)), 0 * limit)
+        return found if (spent <= limit).all() else None
 
     levels = np.unique(np.concatenate(losses)) if losses else np.zeros(1)
     low, high = 0, len(levels) - 1

@@ -116,9 +116,6 @@ def test_a_database_that_can_only_be_read_is_read(path: Path, monkeypatch) -> No
     assert path.exists()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=PermissionError, reason="removing what is damaged may fail too"
-)
 def test_a_damaged_file_that_cannot_be_removed_is_memory_alone(path: Path, monkeypatch) -> None:
     path.parent.mkdir()
     path.write_bytes(b"not a database " * 100)

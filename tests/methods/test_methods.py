@@ -424,14 +424,7 @@ def test_in_a_metric_the_loss_does_not_grow_with_rank(method, layer, inputs, gra
 @pytest.mark.parametrize(
     "entry",
     [
-        pytest.param(
-            "outputs",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="the loss is that of the best factor of the outputs, which is not built",
-            ),
-        ),
+        "outputs",
         "inputs",
     ],
 )
@@ -472,11 +465,8 @@ def test_the_core_of_tucker2_is_best_in_the_metric_of_patches(layer, gradients) 
 
 @pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
 @pytest.mark.parametrize(("method", "layer"), CASES)
-def test_singular_moments_give_finite_factors(request, method, layer, inputs, gradients) -> None:
+def test_singular_moments_give_finite_factors(method, layer, inputs, gradients) -> None:
     """All inputs along one direction; two outputs, and all gradients but along one direction, 0."""
-    if method.name == "tucker2" and inputs == "patches" and not gradients:
-        reason = "the normal equations of inputs along few directions are not symmetric"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=ValueError, reason=reason))
     layer, moments = in_a_metric(layer, inputs, gradients, rank=1)
     if moments.gradients is not None:
         for direction in (moments.gradients, moments.gradients.mT):

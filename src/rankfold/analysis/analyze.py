@@ -70,8 +70,9 @@ def analyze(
     `temperatures`) or "values" (all outputs count the same); `outputs=None` goes by how they look.
     With `loss_fn(output, label)` the gradients are those of the data's labels. The losses of all
     candidates are then corrected by the divergence that is measured when layers are replaced one by
-    one (`check`). "weight" needs no such data and corrects nothing. With `timed`, layers and what
-    could replace them are timed on the shapes of the first batch (`rankfold.analysis.latency`).
+    one (`check`), unless plans become worse by it. "weight" needs no such data and corrects
+    nothing. With `timed`, layers and what could replace them are timed on the shapes of the first
+    batch (`rankfold.analysis.latency`).
 
     Raises ModelError for weights that are not finite, CalibrationError for data that yields nothing
     or makes activations that are not, UnsupportedLayerError for a layer asked for by name that no
@@ -291,7 +292,7 @@ class _Workbench:
             corrected_fit, checks = self.correct(fitted)
             tried = self._try(corrected_fit)
             trials += [replace(trial, metric=f"{fitted.metric}, corrected") for trial in tried]
-            finals.append((_score(tried), corrected_fit, checks))
+            finals += [(score, fitted, checks), (_score(tried), corrected_fit, checks)]
         _, best, checks = min(finals, key=lambda final: final[0])
         return best, checks, trials
 
@@ -324,12 +325,11 @@ class _Workbench:
         """A few candidates of each layer in its place, the other layers as they are."""
         assert self.calibration is not None
         checks = []
-        judge = self.calibration.judge.smaller()
         work = list(zip(self.looked, fitted.layers, strict=True))
         for one, layer in self.progress(work, f"checking, {fitted.metric}"):
             for candidate in points_to_check(layer.candidates, layer.macs):
                 form = fitted.families[layer.name, candidate.method].build(candidate.rank)
-                measured = judge.divergence({one.module: form})
+                measured = self.calibration.judge.divergence({one.module: form})
                 checks.append(
                     Check(layer.name, candidate.method, candidate.rank, candidate.loss, measured)
                 )

@@ -101,7 +101,6 @@ def kind_of(outputs: Any) -> Outputs:
     logits = classes_last(first_tensor(outputs).detach()).float()
     if logits.dim() < 2 or logits.shape[-1] < 2:
         return "values"
-    log_probabilities = logits.log_softmax(-1)
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
+    entropy = torch.special.entr(logits.softmax(-1)).sum(-1).mean()
     uniform = torch.tensor(float(logits.shape[-1])).log()
     return "logits" if entropy < _PEAKED * uniform else "values"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,11 +35,6 @@ class Judge:
             raise CalibrationError("the outputs of the model hold no tensor of real numbers")
         return Judge(model, forward, batches, targets, kind or kind_of(targets[0]))
 
-    def smaller(self) -> "Judge":
-        """With half of the batches."""
-        half = max(1, len(self.batches) // 2)
-        return replace(self, batches=self.batches[:half], targets=self.targets[:half])
-
     def divergence(self, replacements: Mapping[nn.Module, nn.Module]) -> float:
         """Of the model with some layers replaced for the while, from the model as it is.
 
@@ -57,7 +52,9 @@ class Judge:
                     for ours, theirs in zip(tensors_of(output), tensors_of(target), strict=True):
                         total += (ours.double() - theirs.double()).square().sum().item() / 2
                         weight += theirs.double().square().sum().item()
-        found = total / weight if weight else 0.0
+        if weight == 0:
+            return math.inf if total > 0 else 0.0
+        found = total / weight
         return found if math.isfinite(found) else math.inf
 
 
@@ -65,4 +62,6 @@ def _kl(target: torch.Tensor, output: torch.Tensor) -> float:
     """Summed over samples and positions."""
     expected = classes_last(target).double().log_softmax(-1)
     found = classes_last(output).double().log_softmax(-1)
-    return (expected.exp() * (expected - found)).sum().item()
+    # Classes that are ruled out, of probability 0, do not count.
+    terms = torch.where(expected == -torch.inf, 0.0, expected.exp() * (expected - found))
+    return terms.sum().item()

@@ -92,11 +92,8 @@ def time_network(
         formats.append("channels_last")
     networks = [with_memory_format(model, name) for name in formats]
     calls = [partial(run_or_explain, forward, network, batch, 0) for network in networks]
-    with torch.no_grad():
-        for network in networks:
-            network.eval()
-        with running(model):
-            whole = latencies(calls, device, progress)
+    with running(networks[0]), running(networks[-1]), torch.no_grad():
+        whole = latencies(calls, device, progress)
     stopwatch = _Stopwatch(device, formats[-1], cache)
     timings = {layer.name: stopwatch.layer(layer) for layer in progress(layers, "timing layers")}
     rest = max(0.0, whole[-1] - sum(timing.dense_ms for timing in timings.values()))
@@ -140,9 +137,9 @@ class _Stopwatch:
                     for rank in product(*grid)
                 ]
             ).reshape([len(entry) for entry in grid])
-            # More rank never takes less time: what says so is noise.
+            # More rank never takes less time. What says so is noise, and noise only adds.
             for axis in range(table.ndim):
-                table = np.maximum.accumulate(table, axis)
+                table = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)
             grids[key], tables[key] = grid, table
         return LayerTiming(dense, grids, tables)
 
@@ -165,11 +162,12 @@ class _Stopwatch:
     def _measure(self, layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> float:
         ready = _filled(layer, self.device)
         given = torch.rand(shape, device=self.device).to(dtype)
-        if self.memory_format == "channels_last" and given.dim() == 4:
+        convolves = any(isinstance(module, nn.Conv2d) for module in ready.modules())
+        if self.memory_format == "channels_last" and convolves and given.dim() == 4:
             ready = with_memory_format(ready, self.memory_format)
             given = given.to(memory_format=torch.channels_last)
         with torch.no_grad():
-            return median_milliseconds(ready, given)
+            return milliseconds(ready, given)
 
 
 def coarse_grid(ranks: Sequence[Rank]) -> tuple[tuple[int, ...], ...]:
@@ -193,8 +191,11 @@ def _filled(layer: nn.Module, device: torch.device) -> nn.Module:
     return filled
 
 
-def median_milliseconds(layer: nn.Module, given: torch.Tensor) -> float:
-    """Of enough runs to fill a little time, after two that are not counted."""
+def milliseconds(layer: nn.Module, given: torch.Tensor) -> float:
+    """The lower quartile of enough runs to fill a little time, after two that are not counted.
+
+    What else the machine does only adds to it.
+    """
     device = given.device
 
     def once() -> float:
@@ -207,4 +208,4 @@ def median_milliseconds(layer: nn.Module, given: torch.Tensor) -> float:
     once()
     first = max(once(), 1e-7)
     runs = min(max(math.ceil(_SECONDS / first), _RUNS[0]), _RUNS[1])
-    return 1e3 * statistics.median(once() for _ in range(runs))
+    return 1e3 * statistics.quantiles([once() for _ in range(runs)], n=4)[0]

@@ -61,12 +61,19 @@ class Overrides:
                 for entry in candidate.rank
             )
 
+        def bounded(entry: Sequence[int]) -> tuple[int, ...]:
+            most = entry[-1] if greatest is None else greatest
+            return tuple(value for value in entry if least <= value <= most)
+
         found = tuple(candidate for candidate in layer.candidates if allowed(candidate))
+        if methods:
+            layer = replace(layer, methods={n: m for n, m in layer.methods.items() if n in methods})
+        grids = {name: tuple(bounded(e) for e in grid) for name, grid in layer.grids.items()}
         if methods and not found:
             (method,) = methods
             why = layer.reason or "no rank below break-even is allowed"
             raise PlanError(f"layer '{layer.name}' cannot be forced to {method}: {why}")
-        return replace(layer, candidates=found)
+        return replace(layer, candidates=found, grids=grids)
 
 
 def _matching(layer: AnalysedLayer, table: Mapping[str, T]) -> Iterator[T]:

@@ -83,8 +83,8 @@ def choose_within_budget(
         if "latency" in limits:
             times = cost[:, names.index("latency")]
             kept = [0, *np.flatnonzero(times < times[0])]
-        if layer.name in forced and len(kept) > 1:
-            kept = kept[1:]
+        if layer.name in forced:
+            kept = kept[1:] or list(range(1, len(cost)))
         group: list[Choice] = [None, *layer.candidates]
         options.append([group[index] for index in kept])
         losses.append(np.array([0.0, *(c.loss for c in layer.candidates)])[kept])
@@ -134,6 +134,9 @@ def choose_by_rule(layers: Sequence[AnalysedLayer], rule: Rule) -> list[tuple[Ch
             choices.append((None, layer.reason))
             continue
         method = next(iter(layer.methods))
+        if not all(layer.grids[method]):
+            choices.append((None, "no rank is allowed"))
+            continue
         rank = rank_by_rule(layer.spectra[method], layer.grids[method], rule)
         found = [c for c in layer.candidates if c.method == method and c.rank == rank]
         beyond = f"rank {rank} of {method} is beyond break-even"

@@ -57,7 +57,7 @@ def gather(
     probing = torch.Generator().manual_seed(seed)
     samples = 0
     hooks = [
-        layer.register_forward_hook(partial(watcher.forward, name))
+        layer.register_forward_hook(partial(watcher.forward, name), with_kwargs=True)
         for name, layer in layers.items()
     ]
     try:
@@ -73,7 +73,7 @@ def gather(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: total.mean(samples) for name, total in sums.items() if total.count > 0}
+    return {name: total.mean(samples) for name, total in sums.items() if total.positions > 0}
 
 
 @dataclass
@@ -83,7 +83,6 @@ class _Sums:
     layer: Dense
     inputs: torch.Tensor | None = None
     magnitudes: torch.Tensor | None = None
-    count: int = 0
     positions: int = 0
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     gradient_counts: dict[str, int] = field(default_factory=dict)
@@ -91,8 +90,8 @@ class _Sums:
     def mean(self, samples: int) -> Statistics:
         assert self.inputs is not None and self.magnitudes is not None
         return Statistics(
-            (self.inputs / self.count).cpu(),
-            (self.magnitudes / self.count).cpu(),
+            (self.inputs / self.positions).cpu(),
+            (self.magnitudes / self.positions).cpu(),
             {
                 name: (total / self.gradient_counts[name]).cpu()
                 for name, total in self.gradients.items()
@@ -110,39 +109,49 @@ class _Watcher:
         self.batch = 0
         self.curvature = ""
 
-    def forward(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    def forward(
+        self,
+        name: str,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        named: Mapping[str, Any],
+        output: Any,
+    ) -> Any:
         total = self.sums[name]
-        with torch.no_grad():
-            total.positions += output.numel() // total.layer.weight.shape[0]
-            rows = self._input_rows(total.layer, inputs[0].detach())
-            self._check(rows, f"layer '{name}' is given", "")
-            total.inputs = _add_gram(total.inputs, rows)
-            magnitude = rows.abs().double().sum(0)
+        given = (inputs[0] if inputs else named["input"]).detach()
+        with torch.inference_mode(False), torch.no_grad():
+            self._check(given, f"layer '{name}' is given", "")
+            positions = output.numel() // total.layer.weight.shape[0]
+            rows = self._input_rows(total.layer, given)
+            # Of a call that is sampled, the rows stand for all its positions.
+            share = positions / len(rows) if len(rows) else 1.0
+            total.inputs = _add_gram(total.inputs, rows, share)
+            magnitude = share * rows.abs().double().sum(0)
             total.magnitudes = magnitude + (0 if total.magnitudes is None else total.magnitudes)
-            total.count += len(rows)
-        if not torch.is_grad_enabled():
+            total.positions += positions
+        if not torch.is_grad_enabled() or output.is_inference():
             return output
-        if not output.requires_grad:
-            # The graph begins here; a copy, because what follows may work in place.
-            output = output.requires_grad_().clone()
+        # A copy, because what follows may work in place.
+        output = (output if output.requires_grad else output.requires_grad_()).clone()
         output.register_hook(partial(self._backward, name))
         return output
 
     def _backward(self, name: str, gradient: torch.Tensor) -> None:
         total = self.sums[name]
-        rows = gradient.detach()
+        every = gradient.detach()
+        self._check(every, f"layer '{name}' gets", "gradients ")
         if isinstance(total.layer, CONVOLUTIONS):
-            rows = _batched(total.layer, rows).movedim(1, -1)
-        rows = rows.reshape(-1, total.layer.weight.shape[0])
-        rows = rows[self._some(len(rows), rows.shape[1])]
-        self._check(rows, f"layer '{name}' gets", "gradients ")
-        summed = _add_gram(total.gradients.get(self.curvature), rows)
+            every = _batched(total.layer, every).movedim(1, -1)
+        every = every.reshape(-1, total.layer.weight.shape[0])
+        rows = every[self._some(len(every), every.shape[1])]
+        share = len(every) / max(1, len(rows))
+        summed = _add_gram(total.gradients.get(self.curvature), rows, share)
         total.gradients[self.curvature] = summed
         counts = total.gradient_counts
-        counts[self.curvature] = counts.get(self.curvature, 0) + len(rows)
+        counts[self.curvature] = counts.get(self.curvature, 0) + len(every)
 
-    def _check(self, rows: torch.Tensor, who: str, what: str) -> None:
-        if not torch.isfinite(rows).all():
+    def _check(self, tensor: torch.Tensor, who: str, what: str) -> None:
+        if not torch.isfinite(tensor).all():
             raise CalibrationError(f"{who} {what}NaN or infinity on batch {self.batch}")
 
     def _input_rows(self, layer: Dense, given: torch.Tensor) -> torch.Tensor:
@@ -198,8 +207,11 @@ def _patches(layer: Convolution, given: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _add_gram(total: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-    """The total, float64, plus rowsᵀ rows, scaled so that no square under- or overflows."""
+def _add_gram(total: torch.Tensor | None, rows: torch.Tensor, share: float) -> torch.Tensor:
+    """The total, float64, plus `share` times rowsᵀ rows.
+
+    Scaled so that no square under- or overflows.
+    """
     size = rows.shape[1]
     if total is None:
         total = torch.zeros(size, size, dtype=torch.float64, device=rows.device)
@@ -208,7 +220,7 @@ def _add_gram(total: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
     if greatest == 0:
         return total
     for part in (rows / greatest).split(_ROWS):
-        total += greatest**2 * (part.mT @ part).double()
+        total += share * greatest**2 * (part.mT @ part).double()
     return total
 
 

@@ -52,7 +52,8 @@ class TimingCache:
         except sqlite3.OperationalError:
             return None  # locked for long, read-only, no room
         except sqlite3.DatabaseError:
-            self.path.unlink(missing_ok=True)  # damaged
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)  # damaged
         except OSError:
             pass
         return None

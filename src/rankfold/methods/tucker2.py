@@ -16,7 +16,6 @@ from torch import nn
 
 from rankfold.decompose import Tucker, Weights, tucker
 from rankfold.decompose.matrix import leading_eigenvectors
-from rankfold.decompose.triangular import solve_normal
 from rankfold.decompose.unfolding import mode_product
 from rankfold.layers import (
     CONVOLUTIONS,
@@ -31,6 +30,7 @@ from rankfold.methods.moments import Moments
 CHANNEL_MODES = (0, 1)  # of a weight (out, in, *kernel)
 # Shares of the full rank of the inputs at which the error in the metric of patches is computed.
 _PROBES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+_SINGULAR = 1e-10  # least over greatest eigenvalue of a moment that counts
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Tucker2:
 class Tucker2Family:
     """All truncations of one HOSVD; the one that is built is refined by HOOI.
 
-    In the metric of the channels; where the moment of whole patches is known, the core that is
-    built is the best one in its metric, and the losses are corrected by it.
+    In the metric of the channels; where the moment of whole patches is known, all but the factor of
+    the inputs are then the best ones in its metric, and the losses are corrected by it.
     """
 
     layer: Convolution
@@ -145,7 +145,7 @@ class Tucker2Family:
         outputs, inputs = fitted.factors
         core = fitted.core
         if channels is not self.moments:
-            core = _best_core(weight, outputs.double(), inputs.double(), self.moments)
+            outputs, core = _best_outputs_and_core(weight, inputs.double(), rank[0], self.moments)
         assign_factors(form, (inputs.mT, core, outputs), self.layer)
         return form
 
@@ -180,20 +180,35 @@ def _reduced(
     patches = moments.inputs.reshape(channels, places, channels, places)
     half = mode_product(patches, inputs.mT, 0)
     reduced = mode_product(half, inputs.mT, 2).reshape(rank * places, -1)
+    reduced = (reduced + reduced.mT) / 2
     by_channel = responses.reshape(-1, channels, places)
     return reduced, mode_product(by_channel, inputs.mT, 1).flatten(1)
 
 
-def _best_core(
-    weight: torch.Tensor, outputs: torch.Tensor, inputs: torch.Tensor, moments: Moments
-) -> torch.Tensor:
-    """The core that is best in the metric of patches, by its normal equations."""
+def _best_outputs_and_core(
+    weight: torch.Tensor, inputs: torch.Tensor, rank: int, moments: Moments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factor of the outputs and the core that are best in the metric of patches.
+
+    For given inputs this is a matrix problem with a closed form: the weight on reduced patches by
+    its normal equations, and of that the truncated SVD in the metric.
+    """
     reduced, responses = _reduced(moments.times_inputs(weight), inputs, moments)
-    gradients = moments.gradients
-    left = outputs.mT if gradients is None else outputs.mT @ gradients
-    # Orthonormal in the metric, the factor of the outputs needs no normal equations of its own.
-    core = solve_normal(reduced, left @ responses)
-    return core.reshape(outputs.shape[1], inputs.shape[1], *weight.shape[2:])
+    whole = _solve(reduced, responses)
+    identity = torch.eye(len(weight), dtype=whole.dtype, device=whole.device)
+    root, inverse = moments.output_roots or (identity, identity)
+    energy = root @ whole @ responses.mT @ root
+    vectors = leading_eigenvectors((energy + energy.mT) / 2)[1][:, :rank]
+    core = vectors.mT @ root @ whole
+    return inverse @ vectors, core.reshape(rank, inputs.shape[1], *weight.shape[2:])
+
+
+def _solve(reduced: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
+    """The x of x @ reduced = responses; of a singular moment, the least one."""
+    lower, failed = torch.linalg.cholesky_ex(reduced)
+    if failed:
+        return responses @ torch.linalg.pinv(reduced, rtol=_SINGULAR, hermitian=True)
+    return torch.cholesky_solve(responses.mT, lower).mT
 
 
 def _input_errors(
@@ -208,6 +223,6 @@ def _input_errors(
     errors = []
     for rank in ranks:
         reduced, fewer = _reduced(responses, inputs[:, :rank].double(), moments)
-        kept = solve_normal(reduced, fewer) * moments.times_gradients(fewer)
+        kept = _solve(reduced, fewer) * moments.times_gradients(fewer)
         errors.append(max(whole - kept.sum().item(), 0.0))
     return np.array(errors)
