@@ -15,7 +15,9 @@ from rankfold.recover import _SCHEDULES, distance, recover, reestimate_batch_nor
 
 def factorized(**budget: float) -> nn.Module:
     model = make_model()
-    return rankfold.factorize(model, rankfold.analyze(model, make_data()).plan(**budget))
+    return rankfold.factorize(
+        model, rankfold.analyze(model, make_data(), metric="weight").plan(**budget)
+    )
 
 
 def error(model: nn.Module) -> float:
@@ -138,7 +140,9 @@ def test_global_randomness_and_modes_are_left_alone() -> None:
 def test_frozen_parameters_stay_as_they_are() -> None:
     model = make_model()
     model.body.requires_grad_(False)
-    small = rankfold.factorize(model, rankfold.analyze(model, make_data()).plan(fraction=0.3))
+    small = rankfold.factorize(
+        model, rankfold.analyze(model, make_data(), metric="weight").plan(fraction=0.3)
+    )
     before = [parameter.clone() for parameter in small.body.parameters()]
     recover(small, make_data(), teacher=model, epochs=1)
     assert all(torch.equal(a, b) for a, b in zip(before, small.body.parameters(), strict=True))

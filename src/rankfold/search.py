@@ -4,6 +4,7 @@ A plan is made from predictions. Here it is applied, the network is measured, an
 until it does what was asked for.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -118,15 +119,11 @@ def _milliseconds(
     networks: list[nn.Module], batch: Any, forward: Forward, progress: Progress
 ) -> list[float]:
     calls = [_call(forward, network, batch) for network in networks]
-    modes = [network.training for network in networks]
-    try:
+    with contextlib.ExitStack() as stack:
         for network in networks:
-            network.eval()
-        with torch.no_grad():
-            return latencies(calls, device_of(networks[0]), progress)
-    finally:
-        for network, mode in zip(networks, modes, strict=True):
-            network.train(mode)
+            stack.enter_context(running(network))
+        stack.enter_context(torch.no_grad())
+        return latencies(calls, device_of(networks[0]), progress)
 
 
 def _call(forward: Forward, network: nn.Module, batch: Any) -> Callable[[], Any]:

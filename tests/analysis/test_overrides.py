@@ -84,7 +84,6 @@ def test_rules_keep_to_the_method_that_is_forced(analysis, rule) -> None:
     assert entries(plan)["body"].method == "svd"
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="left dense beyond break-even")
 def test_a_rule_beyond_break_even_does_not_leave_a_forced_layer_dense(analysis) -> None:
     assert entries(analysis.plan(energy=1.0))["head"].method is None
     plan = analysis.plan(energy=1.0, overrides=Overrides(force={"head": "svd"}))

@@ -480,6 +480,18 @@ def test_singular_moments_give_finite_factors(method, layer, inputs, gradients) 
         assert 0 <= family.loss(rank) <= most
 
 
+@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_at_full_rank_singular_moments_change_nothing(
+    request, method, layer, inputs, gradients
+) -> None:
+    """Also along directions that no input of the calibration data took."""
+    layer, moments = in_a_metric(layer, inputs, gradients, rank=2)
+    family = method.fit(layer, moments)
+    # Moments are singular but for a floor of 1e-10: half of float64's digits are lost.
+    assert weight_error(family.build(full_rank(family)), layer) < 2e-4
+
+
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_moments_of_nothing_give_finite_factors(method, layer) -> None:
     layer, moments = in_a_metric(layer, "patches", True)

@@ -115,13 +115,13 @@ class Analysis:
                 "and evbmf"
             )
         layers = overrides.apply(self.layers)
+        forced = {layer.name for layer in layers if overrides.forces(layer)}
         if budgets:
             request: dict[str, float | str] = dict(budgets)
-            forced = {layer.name for layer in layers if overrides.forces(layer)}
             choices = self._within(layers, budgets, objective, forced)
         else:
             request = dict(rules) or {"evbmf": "global analytic solution"}
-            choices = self._by_rule(layers, energy, fraction)
+            choices = self._by_rule(layers, energy, fraction, forced)
         entries = tuple(
             layer_plan(layer, choice, reason, self.batch_size)
             for layer, (choice, reason) in zip(layers, choices, strict=True)
@@ -213,7 +213,11 @@ class Analysis:
         ]
 
     def _by_rule(
-        self, layers: Sequence[AnalysedLayer], energy: float | None, fraction: float | None
+        self,
+        layers: Sequence[AnalysedLayer],
+        energy: float | None,
+        fraction: float | None,
+        forced: Collection[str],
     ) -> list[tuple[Choice, str | None]]:
         for name, value in {"energy": energy, "fraction": fraction}.items():
             if value is not None and not 0 < value <= 1:
@@ -226,4 +230,4 @@ class Analysis:
                 return max(1, round(fraction * min(spectrum.shape)))
             return max(1, evbmf_rank(spectrum.singular_values, spectrum.shape))
 
-        return choose_by_rule(layers, rule)
+        return choose_by_rule(layers, rule, forced)

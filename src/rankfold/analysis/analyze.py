@@ -16,7 +16,13 @@ from rankfold.analysis.candidates import AnalysedLayer, Candidate, Counts, below
 from rankfold.analysis.correction import Check, corrected, points_to_check
 from rankfold.analysis.curvature import Outputs
 from rankfold.analysis.latency import LayerToTime, NetworkTiming, time_network
-from rankfold.analysis.metrics import DAMPING, check_metric, competing, moments_of
+from rankfold.analysis.metrics import (
+    DAMPING,
+    check_metric,
+    competing,
+    moments_of,
+    typical_scale,
+)
 from rankfold.analysis.planning import Limit, choose_within_budget
 from rankfold.analysis.survey import SurveyedLayer, survey
 from rankfold.analysis.timing_cache import TimingCache
@@ -239,12 +245,14 @@ class _Workbench:
     progress: Progress
 
     def fit(self, metric: str) -> _Fitted:
-        layers, families = [], {}
+        layers, families, typical = [], {}, None
+        if self.calibration is not None:
+            typical = typical_scale(metric, self.calibration.statistics.values())
         for one in self.progress(self.looked, f"fitting, {metric}"):
             statistics = None
             if self.calibration is not None:
                 statistics = self.calibration.statistics.get(one.layer.name)
-            moments = moments_of(metric, statistics, self.damping)
+            moments = moments_of(metric, statistics, self.damping, typical)
             moments = moments.to(next(one.module.parameters()).device)
             candidates = []
             for key, method in one.layer.methods.items():

@@ -53,7 +53,7 @@ class Judge:
                         total += (ours.double() - theirs.double()).square().sum().item() / 2
                         weight += theirs.double().square().sum().item()
         if weight == 0:
-            return math.inf if total > 0 else 0.0
+            return 0.0 if total == 0 else math.inf
         found = total / weight
         return found if math.isfinite(found) else math.inf
 

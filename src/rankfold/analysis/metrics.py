@@ -11,7 +11,7 @@ Where gradients are known, weight and response are put in the unit of the Fisher
 of what they leave out, so that their losses can be compared between layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -31,9 +31,26 @@ def check_metric(metric: str) -> None:
         raise RankfoldError(f"no metric '{metric}'; there are auto, {', '.join(METRICS)}")
 
 
-def moments_of(metric: str, statistics: Statistics | None, damping: float = DAMPING) -> Moments:
+def typical_scale(metric: str, layers: Iterable[Statistics]) -> float | None:
+    """The mean over layers of the loss per squared error of a response; None without gradients."""
+    curvature = metric.partition(":")[2]
+    found = [
+        one.positions / 2 * _gradients(one, curvature).diagonal().mean().item()
+        for one in layers
+        if one.gradients
+    ]
+    return sum(found) / len(found) if found else None
+
+
+def moments_of(
+    metric: str,
+    statistics: Statistics | None,
+    damping: float = DAMPING,
+    typical: float | None = None,
+) -> Moments:
     """The moments of a layer in a metric; those of the weight metric where nothing is known of it.
 
+    `typical` is the unit of a layer that the gradients do not reach (see `typical_scale`).
     Raises CalibrationError for a curvature that was not gathered.
     """
     if statistics is None:
@@ -45,16 +62,18 @@ def moments_of(metric: str, statistics: Statistics | None, damping: float = DAMP
         return Moments(inputs=torch.diag(statistics.magnitudes))
     if not statistics.gradients:
         inputs = None if name in ("weight", "fwsvd") else statistics.inputs
-        return WEIGHT_METRIC if inputs is None else Moments(_damped(inputs, _INPUT_DAMPING))
+        if inputs is None:
+            return WEIGHT_METRIC
+        return Moments(_damped(inputs, _INPUT_DAMPING), None, typical)
     gradients = _gradients(statistics, curvature)
     if name == "fwsvd":
         return Moments(gradients=torch.diag(_damped(gradients, 1e-6).diagonal()))
     inputs = _damped(statistics.inputs, _INPUT_DAMPING)
     half = statistics.positions / 2
-    if name == "fisher":
-        return Moments(inputs, _damped(gradients, damping), half)
     mean_gradient = gradients.diagonal().mean().item()
-    if name == "response":
+    if name == "fisher" and mean_gradient > 0:
+        return Moments(inputs, _damped(gradients, damping), half)
+    if name in ("response", "fisher"):  # without any gradient no error costs anything
         return Moments(inputs, None, half * mean_gradient)
     return Moments(None, None, half * mean_gradient * inputs.diagonal().mean().item())
 

@@ -122,10 +122,13 @@ def choose_within_budget(
     return [group[index] for group, index in zip(options, picked, strict=True)]
 
 
-def choose_by_rule(layers: Sequence[AnalysedLayer], rule: Rule) -> list[tuple[Choice, str | None]]:
+def choose_by_rule(
+    layers: Sequence[AnalysedLayer], rule: Rule, forced: Collection[str] = ()
+) -> list[tuple[Choice, str | None]]:
     """For each layer the first method that applies, at the ranks that `rule` reads off its spectra.
 
-    Ranks are rounded up to the next candidate's. With each choice comes, for a layer that stays
+    Ranks are rounded up to the next candidate's; of a layer `forced` by name beyond break-even, the
+    candidate of least loss is taken. With each choice comes, for a layer that stays
     dense, the reason.
     """
     choices: list[tuple[Choice, str | None]] = []
@@ -139,6 +142,8 @@ def choose_by_rule(layers: Sequence[AnalysedLayer], rule: Rule) -> list[tuple[Ch
             continue
         rank = rank_by_rule(layer.spectra[method], layer.grids[method], rule)
         found = [c for c in layer.candidates if c.method == method and c.rank == rank]
+        if not found and layer.name in forced:
+            found = sorted(layer.candidates, key=lambda candidate: candidate.loss)
         beyond = f"rank {rank} of {method} is beyond break-even"
         choices.append((found[0], None) if found else (None, beyond))
     return choices

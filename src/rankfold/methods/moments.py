@@ -42,6 +42,14 @@ class Moments:
             self.scale,
         )
 
+    def damped(self, share: float) -> "Moments":
+        """With this share of its mean eigenvalue added to the inputs' moment."""
+        if self.inputs is None:
+            return self
+        identity = torch.eye(len(self.inputs)).to(self.inputs)
+        added = share * self.inputs.diagonal().mean() * identity
+        return Moments(self.inputs + added, self.gradients, self.scale)
+
     @property
     def is_plain(self) -> bool:
         """Whether all errors count the same."""

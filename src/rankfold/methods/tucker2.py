@@ -30,7 +30,8 @@ from rankfold.methods.moments import Moments
 CHANNEL_MODES = (0, 1)  # of a weight (out, in, *kernel)
 # Shares of the full rank of the inputs at which the error in the metric of patches is computed.
 _PROBES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
-_SINGULAR = 1e-10  # least over greatest eigenvalue of a moment that counts
+# Of the mean eigenvalue of the inputs' moment, added to all: what no input shows stays as it is.
+_LEAST = 1e-10
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Tucker2:
 
     def fit(self, layer: Convolution, moments: Moments) -> "Tucker2Family":
         weight = layer.weight.detach()
+        moments = moments.damped(_LEAST)
         weights = _weights(moments.of_channels(layer.in_channels))
         hosvd = tucker(weight, modes=CHANNEL_MODES, weights=weights)
         return Tucker2Family(layer, hosvd, moments, self.alignment)
@@ -194,7 +196,11 @@ def _best_outputs_and_core(
     its normal equations, and of that the truncated SVD in the metric.
     """
     reduced, responses = _reduced(moments.times_inputs(weight), inputs, moments)
-    whole = _solve(reduced, responses)
+    # From the projection in the metric of the channels on: what no patch shows stays as it is.
+    channels = moments.of_channels(len(inputs)).inputs
+    assert channels is not None
+    start = mode_product(weight.double().flatten(2), (channels @ inputs).mT, 1).flatten(1)
+    whole = start + _solve(reduced, responses - start @ reduced)
     identity = torch.eye(len(weight), dtype=whole.dtype, device=whole.device)
     root, inverse = moments.output_roots or (identity, identity)
     energy = root @ whole @ responses.mT @ root
@@ -204,10 +210,10 @@ def _best_outputs_and_core(
 
 
 def _solve(reduced: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
-    """The x of x @ reduced = responses; of a singular moment, the least one."""
+    """The x of x @ reduced = responses."""
     lower, failed = torch.linalg.cholesky_ex(reduced)
     if failed:
-        return responses @ torch.linalg.pinv(reduced, rtol=_SINGULAR, hermitian=True)
+        return responses @ torch.linalg.pinv(reduced, hermitian=True)
     return torch.cholesky_solve(responses.mT, lower).mT
 
 
