@@ -18,7 +18,7 @@ from torch import nn
 import rankfold
 from rankfold.analysis import Analysis
 from rankfold.errors import BudgetError
-from rankfold.methods import LowRank, Tucker2
+from rankfold.methods import LowRank
 from rankfold.plan import Plan
 
 HERE = Path(__file__).parent
@@ -93,15 +93,13 @@ def compare(
                 break
 
 
-# The baselines may take every rank, so that they come as near to a budget as they can.
-SVD = {"methods": [LowRank(alignment=1)]}
-BOTH = {"methods": [Tucker2(alignment=1), LowRank(alignment=1)]}
+SVD = {"methods": [LowRank()]}
 FASHION = {
-    "EVBMF": {"analyze": {"metric": "weight", **BOTH}, "rule": "evbmf"},
+    "EVBMF": {"analyze": {"metric": "weight"}, "rule": "evbmf"},
     "rankfold": {},
     "uniform SVD": {"analyze": {"metric": "weight", **SVD}, "rule": "fraction"},
-    "uniform Tucker-2 and SVD": {"analyze": {"metric": "weight", **BOTH}, "rule": "fraction"},
-    "energy": {"analyze": {"metric": "weight", **BOTH}, "rule": "energy"},
+    "uniform Tucker-2 and SVD": {"analyze": {"metric": "weight"}, "rule": "fraction"},
+    "energy": {"analyze": {"metric": "weight"}, "rule": "energy"},
     "uniform SVD, response": {
         "analyze": {"metric": "svd-llm", "check": False, **SVD},
         "rule": "fraction",
@@ -209,7 +207,10 @@ def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     percent = len(row["scores"]) == 1
-    return " / ".join(f"{100 * s:.1f}" if percent else f"{s:.3f}" for s in row["scores"])
+    cell = " / ".join(f"{100 * s:.1f}" if percent else f"{s:.3f}" for s in row["scores"])
+    if percent and row["budget"] - row["kept"] > 0.01:
+        cell += f" (keeps {row['kept']:.0%})"
+    return cell
 
 
 if __name__ == "__main__":
