@@ -50,7 +50,7 @@ def main() -> None:
     test = word_batches(options.words, held_out_fonts, seed=1)
     one_word = [images[:1] for images, _ in test[len(test) // 2 :]]
 
-    analysis = rankfold.analyze(model, one_word)
+    analysis = rankfold.analyze(model, one_word, metric="weight")
     convolutions = [layer for layer in analysis.layers if layer.layer.startswith("Conv2d")]
     linears = [layer for layer in analysis.layers if layer.layer.startswith("Linear")]
     plan = analysis.plan(

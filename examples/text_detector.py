@@ -56,7 +56,7 @@ def main() -> None:
     test = page_batches(options.pages, held_out_fonts, seed=1)
 
     start = time.perf_counter()
-    analysis = rankfold.analyze(model, data[:1])
+    analysis = rankfold.analyze(model, data[:1], metric="weight")
     plan = analysis.plan(macs=options.macs)
     small = rankfold.factorize(model, plan)
     print(f"analyzed, planned and factorized in {time.perf_counter() - start:.1f} s")

@@ -71,10 +71,13 @@ def plan_to_latency(
     for _ in range(_ROUNDS):
         try:
             plan = make_plan(aim)
-        except BudgetError:
-            if best is None:
+        except BudgetError as error:
+            if best is not None:
+                break
+            if error.smallest.get("latency", 0.0) < 1:
                 raise
-            break
+            plan = replace(analysis.plan(macs=1.0), request={"latency": latency})
+            return _dense_plan(model, plan, "no layer gets faster by any method")
         tried = _timed(model, analysis, plan, batch, forward, progress)
         if best is None or _misses(tried.share, target) < _misses(best.share, target):
             best = tried
@@ -90,9 +93,17 @@ def plan_to_latency(
         )
     best = _put_back(model, best, batch, forward, progress)
     if best.share >= 1:
-        plan = _all_dense(best.plan, "nothing that was tried was faster")
-        return TimedPlan(plan, factorize(model, plan), 1.0)
+        return _dense_plan(model, best.plan, "nothing that was tried was faster")
     return best
+
+
+def _dense_plan(model: nn.Module, plan: Plan, reason: str) -> TimedPlan:
+    """Every layer as it was, and why."""
+    entries = tuple(
+        _dense(entry, reason) if entry.reason is None else entry for entry in plan.layers
+    )
+    plan = replace(plan, layers=entries, after=plan.before)
+    return TimedPlan(plan, factorize(model, plan), 1.0)
 
 
 def _misses(share: float, target: float) -> float:
@@ -176,13 +187,6 @@ def _dense(entry: LayerPlan, reason: str) -> LayerPlan:
     return LayerPlan(entry.name, entry.layer, entry.before, entry.before, reason=reason)
 
 
-def _all_dense(plan: Plan, reason: str) -> Plan:
-    entries = tuple(
-        _dense(entry, reason) if entry.method is not None else entry for entry in plan.layers
-    )
-    return replace(plan, layers=entries, after=plan.before)
-
-
 def _total(plan: Plan, entries: tuple[LayerPlan, ...]) -> Cost:
     """What the network costs when these entries take the place of the plan's."""
     after = plan.after
@@ -237,7 +241,7 @@ def teacher_agreement(teacher: nn.Module, forward: Forward = run) -> Metric:
     """A metric that needs no labels: how often a model decides as the teacher does.
 
     For outputs that look like logits, the share of positions with the same greatest one; for values
-    1 minus the relative error of the outputs.
+    1 minus the relative error of the outputs, 0 at least.
     """
 
     def agreement(model: nn.Module, data: Data) -> float:
@@ -251,7 +255,7 @@ def teacher_agreement(teacher: nn.Module, forward: Forward = run) -> Metric:
                 same += int((ours == theirs).sum())
                 total += ours.numel()
             else:
-                same += batch_size(batch) * (1 - output_error(target, output))
+                same += batch_size(batch) * max(0.0, 1 - output_error(target, output))
                 total += batch_size(batch)
         return same / total
 

@@ -1,0 +1,72 @@
+import json
+
+import pytest
+import torch
+from networks import make_data, make_model
+
+import rankfold
+from rankfold.analysis.storage import DOCUMENT, TENSORS
+from rankfold.errors import CheckpointError, PlanError
+
+
+@pytest.fixture(scope="module")
+def analysis() -> rankfold.Analysis:
+    return rankfold.analyze(make_model(), make_data(), timed=True)
+
+
+@pytest.fixture
+def saved(analysis, tmp_path):
+    analysis.save(tmp_path / "there")
+    return tmp_path / "there"
+
+
+@pytest.mark.parametrize(
+    "request_", [{"macs": 0.4}, {"params": 0.5, "memory": 0.6}, {"energy": 0.5}, {"evbmf": True}]
+)
+def test_the_same_plans_come_from_a_saved_analysis(analysis, saved, request_) -> None:
+    again = rankfold.Analysis.load(saved)
+    assert again.plan(**request_) == analysis.plan(**request_)
+    assert again.checks == analysis.checks and again.trials == analysis.trials
+    assert again.timing == analysis.timing and again.metric == analysis.metric
+
+
+def test_its_plan_is_applied_in_the_same_metric(analysis, saved) -> None:
+    again = rankfold.Analysis.load(saved)
+    plan = again.plan(macs=0.4)
+    networks = [
+        rankfold.factorize(make_model(), plan),
+        rankfold.factorize(make_model(), analysis.plan(macs=0.4)),
+    ]
+    states = [network.state_dict() for network in networks]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_plan_from_a_file_needs_the_analysis(analysis, tmp_path) -> None:
+    assert analysis.metric != "weight"
+    analysis.plan(macs=0.4).save(tmp_path / "plan.json")
+    plan = rankfold.Plan.load(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="give factorize the analysis"):
+        rankfold.factorize(make_model(), plan)
+    small = rankfold.factorize(make_model(), plan, analysis=analysis)
+    expected = rankfold.factorize(make_model(), analysis.plan(macs=0.4))
+    for name, value in small.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name])
+
+
+def test_what_is_missing_or_damaged_is_refused(saved, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="holds no analysis"):
+        rankfold.Analysis.load(tmp_path / "nowhere")
+    document = json.loads((saved / DOCUMENT).read_text())
+    for wrong in (
+        {**document, "format_version": 99},
+        {**document, "macs": -1},
+        {**document, "layers": 3},
+        {key: value for key, value in document.items() if key != "metric"},
+    ):
+        (saved / DOCUMENT).write_text(json.dumps(wrong))
+        with pytest.raises(CheckpointError):
+            rankfold.Analysis.load(saved)
+    (saved / DOCUMENT).write_text(json.dumps(document))
+    (saved / TENSORS).write_bytes(b"not tensors")
+    with pytest.raises(CheckpointError, match="holds no analysis"):
+        rankfold.Analysis.load(saved)

@@ -1,0 +1,119 @@
+import pytest
+import torch
+from networks import make_data, make_labelled, make_model
+from torch import nn
+
+import rankfold
+from rankfold import search
+from rankfold.errors import BudgetError
+from rankfold.search import cheapest_within, plan_to_latency, teacher_agreement
+
+
+@pytest.fixture(scope="module")
+def analysis() -> rankfold.Analysis:
+    return rankfold.analyze(make_model(), make_data(), metric="weight", timed=True)
+
+
+def clock(monkeypatch, milliseconds) -> None:
+    """Times every network by a function of its parameters instead of the clock."""
+
+    def latencies(calls, device, progress=None):
+        counts = [sum(p.numel() for p in call.networks.parameters()) for call in calls]
+        return [milliseconds(count) for count in counts]
+
+    def call(forward, network, batch):
+        def run():
+            return forward(network, batch)
+
+        run.networks = network
+        return run
+
+    monkeypatch.setattr(search, "latencies", latencies)
+    monkeypatch.setattr(search, "_call", call)
+
+
+def test_the_latency_is_what_the_clock_says_and_not_what_was_predicted(
+    analysis, monkeypatch
+) -> None:
+    """The clock goes by parameters here, the predictions by measured layers."""
+    clock(monkeypatch, float)
+    asked: list[float] = []
+
+    def make_plan(aim: float) -> rankfold.Plan:
+        asked.append(aim)
+        return analysis.plan(params=min(1.0, 0.8 * aim + 0.1))
+
+    model = make_model()
+    timed = plan_to_latency(model, analysis, 0.5, make_data()[0], make_plan)
+    assert timed.share == pytest.approx(0.5, abs=0.07)  # ranks are multiples of 8
+    assert timed.plan.after.parameters == sum(p.numel() for p in timed.model.parameters())
+    assert asked[0] == 0.5 and len(asked) <= 5
+
+
+def test_where_nothing_is_gained_every_layer_stays_dense(analysis, monkeypatch) -> None:
+    clock(monkeypatch, lambda count: 1.0)
+    model = make_model()
+    make_plan = lambda aim: analysis.plan(params=0.5)  # noqa: E731
+    timed = plan_to_latency(model, analysis, 0.5, make_data()[0], make_plan)
+    assert not timed.plan.factorized and timed.share == 1
+    assert timed.plan.after == timed.plan.before
+    with torch.no_grad():
+        batch = make_data()[0]
+        assert torch.equal(timed.model(batch), model(batch))
+
+
+def test_a_latency_out_of_reach_is_refused_with_what_was_reached(analysis, monkeypatch) -> None:
+    clock(monkeypatch, lambda count: 100.0 + 1e-9 * count)
+    clock(monkeypatch, lambda count: 1.0 if count > 50_000 else 0.8)
+    with pytest.raises(BudgetError, match="the clock says") as caught:
+        plan_to_latency(
+            make_model(), analysis, 0.2, make_data()[0], lambda aim: analysis.plan(params=0.4)
+        )
+    assert caught.value.smallest["latency"] == pytest.approx(0.8)
+
+
+def test_the_users_model_keeps_its_modes(analysis, monkeypatch) -> None:
+    clock(monkeypatch, float)
+    model = make_model().train()
+    model.norm.eval()
+    plan_to_latency(model, analysis, 0.5, make_data()[0], lambda aim: analysis.plan(params=aim))
+    assert model.training and not model.norm.training
+
+
+def test_the_cheapest_plan_keeps_the_metric(analysis) -> None:
+    model, labelled = make_model(), make_labelled()
+    plan = cheapest_within(
+        model, labelled, rankfold.accuracy, 0.1, lambda budget: analysis.plan(macs=budget)
+    )
+    assert rankfold.accuracy(rankfold.factorize(model, plan), labelled) >= 0.9
+    assert plan.after.macs < plan.before.macs
+    cheaper = analysis.plan(macs=0.5 * plan.after.macs / plan.before.macs)
+    assert rankfold.accuracy(rankfold.factorize(model, cheaper), labelled) < 0.9
+
+
+@pytest.mark.parametrize("max_drop", [-0.1, float("nan")])
+def test_a_drop_that_makes_no_sense_is_refused(analysis, max_drop) -> None:
+    with pytest.raises(BudgetError, match="must not be negative"):
+        cheapest_within(
+            make_model(), make_labelled(), rankfold.accuracy, max_drop, lambda b: analysis.plan()
+        )
+
+
+def test_agreement_with_the_teacher() -> None:
+    teacher, data = make_model(), make_data()[:2]
+    agreement = teacher_agreement(teacher)
+    assert agreement(teacher, data) == 1
+    other = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    assert 0 <= agreement(other, data) < 0.9
+
+
+def test_compress_by_latency_and_by_drop() -> None:
+    model, data = make_model(), make_data()
+    small = rankfold.compress(model, data, max_drop=0.2, epochs=0, loss_metric="weight")
+    record = rankfold.record_of(small)
+    assert record.plan.after.macs < record.plan.before.macs
+    with pytest.raises(BudgetError, match="not for both"):
+        rankfold.compress(model, data, max_drop=0.2, macs=0.5)
+    small = rankfold.compress(model, data, latency=0.99, epochs=0, loss_metric="weight")
+    record = rankfold.record_of(small)
+    assert set(record.plan.request) == {"latency"} and record.comparison is not None
