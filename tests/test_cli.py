@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import rankfold
 from rankfold.cli import main
 
 DATA = ["--data", "networks:make_data"]
@@ -50,6 +51,22 @@ def test_out_may_be_the_working_directory_or_below_one_that_is_not_there(monkeyp
         assert run(monkeypatch, "compress", *MODEL, "--out", out, "--force", "--epochs", "1") == 0
         assert Path(out, "model.safetensors").is_file()
     assert sorted(map(str, Path().rglob("*.pt*"))) == []
+
+
+def test_inspect_draws_and_saves_what_it_found(monkeypatch, capsys) -> None:
+    more = ["--plot", "picture.png", "--save-analysis", "analysis", "--keep", "head"]
+    assert run(monkeypatch, "inspect", *MODEL, "--macs", "0.6", *more) == 0
+    printed = capsys.readouterr().out
+    assert "kept dense, as asked" in printed and "rank correlation of predicted" in printed
+    assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
+    plan = rankfold.Analysis.load("analysis").plan(macs=0.5)
+    assert plan.after.macs <= 0.5 * plan.before.macs
+
+
+def test_compress_takes_a_drop_of_the_metric_instead_of_a_budget(monkeypatch, capsys) -> None:
+    drop = ["--max-drop", "0.1", "--epochs", "0", "--loss-metric", "weight", "--out", "small"]
+    told = run_json(monkeypatch, capsys, "compress", *MODEL, *LABELLED, *drop)
+    assert told["after"]["metric"] >= 0.9 and told["after"]["macs"] < told["before"]["macs"]
 
 
 def test_inspect_shows_every_layer_with_a_reason(monkeypatch, capsys) -> None:
@@ -101,6 +118,9 @@ def test_the_same_seed_gives_the_same_files(monkeypatch) -> None:
         (["inspect", *MODEL, "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["inspect", *MODEL, "--device", "abacus"], "device 'abacus' cannot be used here"),
         (["compress", *MODEL, "--out", "taken"], "taken exists"),
+        (["inspect", *MODEL, "--loss-metric", "taste"], "no metric 'taste'"),
+        (["inspect", *MODEL, "--macs", "0.5", "--keep", "nowhere"], "no layer matches 'nowhere'"),
+        (["compress", *MODEL, "--out", "x", "--macs", "0.5", "--max-drop", "0.1"], "not for both"),
         (["compress", *MODEL, "--out", "foreign", "--force"], "no saved model"),
         (["compress", *MODEL, "--out", "file/below"], "cannot be written"),
         (["compress", *MODEL, "--out", "x", "--macs", "0.5", "--evbmf"], "ask for one thing"),
