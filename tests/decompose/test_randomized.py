@@ -26,7 +26,7 @@ def test_fixed_rank_is_near_the_optimum(rows, columns, dtype, seed, block_krylov
     matrix = decaying(rows, columns, 0.8, dtype, seed)
     found = randomized_svd(matrix, 8, block_krylov=block_krylov, seed=seed)
     assert found.ranks == (8,) and found.u.dtype == dtype
-    assert found.relative_error(matrix) <= 1.03 * svd(matrix, 8).relative_error(matrix)
+    assert found.relative_error(matrix) <= 1.01 * svd(matrix, 8).relative_error(matrix)
     for gram in (found.u.mT @ found.u, found.vh @ found.vh.mT):
         torch.testing.assert_close(gram, torch.eye(8, dtype=dtype), rtol=0, atol=1e-4)
 
