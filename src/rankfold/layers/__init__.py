@@ -5,14 +5,10 @@ geometry (stride, padding, dilation, bias, dtype) of one dense layer, and `to_de
 layer back. How the factors are found is the business of `rankfold.methods`.
 """
 
-from rankfold.layers.convolution import (
-    CONVOLUTIONS,
-    Convolution,
-    TuckerConvolution,
-    TwoFactorConvolution,
-)
+from rankfold.layers.chain import CONVOLUTIONS, Convolution
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
-from rankfold.layers.linear import TwoFactorLinear
+from rankfold.layers.tucker import TuckerConvolution
+from rankfold.layers.two_factor import TwoFactorConvolution, TwoFactorLinear
 
 __all__ = [
     "CONVOLUTIONS",

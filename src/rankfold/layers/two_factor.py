@@ -1,10 +1,11 @@
-"""A linear layer as two thin ones."""
+"""A layer as two: the first to `rank` features, the last to all outputs."""
 
 from typing import cast
 
 import torch
 from torch import nn
 
+from rankfold.layers.chain import Convolution, all_axes, dense_convolution, link
 from rankfold.layers.form import check_ranks, fill_dense
 
 
@@ -33,3 +34,30 @@ class TwoFactorLinear(nn.Sequential):
         )
         fill_dense(dense, last.weight @ first.weight, self)
         return dense
+
+
+class TwoFactorConvolution(nn.Sequential):
+    """`Conv k in→rank (stride, padding, dilation)` then `Conv 1x1 rank→out`.
+
+    Kim et al. 2016 (Tucker-1) for first layers; Zhang et al. 2016 for any.
+    """
+
+    def __init__(
+        self, layer: Convolution, rank: int, device: torch.device | str | None = None
+    ) -> None:
+        """The geometry, bias and dtype of `layer`, with torch's initial values.
+
+        On `device`, or that of `layer`. Raises RankError for a rank outside
+        1..min(out, in * kernel size).
+        """
+        check_ranks((rank,), (min(layer.out_channels, layer.weight[0].numel()),), layer)
+        bias = layer.bias is not None
+        super().__init__(
+            link(layer, layer.in_channels, rank, all_axes(layer), device=device),
+            link(layer, rank, layer.out_channels, bias=bias, device=device),
+        )
+
+    def to_dense(self) -> Convolution:
+        """The `nn.Conv1d`, `2d` or `3d` that this represents."""
+        spatial, last = (cast(Convolution, factor).weight for factor in self)
+        return dense_convolution(self, torch.tensordot(last.flatten(1), spatial, dims=1))

@@ -1,0 +1,34 @@
+"""The best last factor for given ones before it, in any metric: a linear problem.
+
+With W ≈ L Z, where Z (rank, in, *kernel) is the kernel of all factors before the last, pointwise
+one, the L that is best in the metric of the inputs' moment A is W A Zᵀ (Z A Zᵀ)⁻¹; the gradients'
+moment does not matter, because L is free. This is Jaderberg's "data reconstruction" and Zhang's
+least squares on responses (Jaderberg et al. 2014, section 3.2), without visiting the data again.
+"""
+
+import torch
+
+from rankfold.methods.moments import Moments
+
+# Of the mean eigenvalue, added to all: features that the inputs never show get no weight from it.
+_RIDGE = 1e-10
+
+
+def best_last_factor(
+    weight: torch.Tensor, features: torch.Tensor, moments: Moments
+) -> torch.Tensor:
+    """L, (out, rank), float64, of the least error of L Z as a weight (out, in, *kernel).
+
+    `features` is Z, (rank, in, *kernel). Features that are redundant or that no input shows share
+    the weight as in the solution of least norm.
+    """
+    seen = moments.times_inputs(features)  # Z A, (rank, in * places)
+    gram = seen @ features.double().flatten(1).mT
+    gram = (gram + gram.mT) / 2
+    crossed = weight.double().flatten(1) @ seen.mT
+    ridge = _RIDGE * gram.diagonal().mean()
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    lower, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
+    if failed or ridge == 0:
+        return crossed @ torch.linalg.pinv(gram, hermitian=True)
+    return torch.cholesky_solve(crossed.mT, lower).mT

@@ -1,0 +1,83 @@
+"""A family whose members are not slices of one decomposition: each rank is fitted by itself.
+
+Fitting every candidate would take too long, so a few are, their losses are measured, and between
+them the loss is interpolated; the one that the plan chooses is fitted when it is built.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.interpolate import RegularGridInterpolator
+from torch import nn
+
+from rankfold.layers import Convolution, Dense, check_ranks
+from rankfold.methods.method import Rank, Spectrum
+from rankfold.methods.moments import Moments
+
+# Values tried of each entry of a rank, by the number of entries; 2 for more.
+_TRIED = {1: 5, 2: 3}
+_LEAST = 1e-12  # losses below this share of the greatest count as this: logarithms are taken
+
+
+@dataclass(frozen=True)
+class SampledFamily:
+    """All approximations of one layer of which each is fitted by `make`, when it is asked for."""
+
+    layer: Dense | Convolution
+    moments: Moments
+    candidates: Sequence[Rank]  # a full grid, up to `limits`
+    limits: Rank
+    make: Callable[[Rank], nn.Sequential]  # a fitted form with `to_dense()`
+    _made: dict[Rank, nn.Sequential] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def spectra(self) -> Sequence[Spectrum]:
+        return ()
+
+    def ranks(self) -> Sequence[Rank]:
+        return self.candidates
+
+    def build(self, rank: Rank) -> nn.Sequential:
+        check_ranks(rank, self.limits, self.layer)
+        if rank not in self._made:
+            self._made[rank] = self.make(rank)
+        return copy.deepcopy(self._made[rank])
+
+    def loss(self, rank: Rank) -> float:
+        """Measured at a few ranks, interpolated between them (logarithms, never growing)."""
+        check_ranks(rank, self.limits, self.layer)
+        axes, table = self._measured
+        kept = [axis for axis, values in enumerate(axes) if len(values) > 1]
+        if not kept:
+            return float(np.exp(table.item()))
+        point = [np.clip(np.log(rank[axis]), axes[axis][0], axes[axis][-1]) for axis in kept]
+        grid = [axes[axis] for axis in kept]
+        return float(np.exp(RegularGridInterpolator(grid, table.squeeze())(point).item()))
+
+    @cached_property
+    def _measured(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """Logarithms of the ranks tried along each entry, and of the losses there."""
+        axes = []
+        for entry in zip(*self.candidates, strict=True):
+            values = sorted(set(entry))
+            wanted = np.geomspace(values[0], values[-1], _TRIED.get(len(self.limits), 2))
+            axes.append(sorted({min(values, key=lambda v: abs(v - one)) for one in wanted}))
+        table = np.empty([len(values) for values in axes])
+        for place in np.ndindex(*table.shape):
+            table[place] = self._measure(tuple(a[i] for a, i in zip(axes, place, strict=True)))
+        for axis in range(table.ndim):
+            table = np.minimum.accumulate(table, axis)
+        floor = max(_LEAST * table.max(), np.finfo(float).tiny)
+        return [np.log(values) for values in axes], np.log(np.maximum(table, floor))
+
+    def _measure(self, rank: Rank) -> float:
+        weight = self.layer.weight.detach()
+        form: Any = self.build(rank)
+        with torch.no_grad():
+            difference = form.to_dense().weight.double() - weight.double()
+        return self.moments.loss_of(self.moments.squared_error(difference), weight).item()
