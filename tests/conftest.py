@@ -10,6 +10,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("reproducible")
+torch.set_num_threads(2)  # also for fixtures of a whole module
 
 
 @pytest.fixture(autouse=True)

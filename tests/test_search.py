@@ -21,7 +21,7 @@ def clock(monkeypatch, milliseconds) -> None:
         counts = [sum(p.numel() for p in call.networks.parameters()) for call in calls]
         return [milliseconds(count) for count in counts]
 
-    def call(forward, network, batch):
+    def caller(network, batch, forward, runtime):
         def run():
             return forward(network, batch)
 
@@ -29,7 +29,7 @@ def clock(monkeypatch, milliseconds) -> None:
         return run
 
     monkeypatch.setattr(search, "latencies", latencies)
-    monkeypatch.setattr(search, "_call", call)
+    monkeypatch.setattr(search, "caller", caller)
 
 
 def test_the_latency_is_what_the_clock_says_and_not_what_was_predicted(

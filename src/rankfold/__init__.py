@@ -10,7 +10,7 @@
 or `small = rankfold.compress(model, data, macs=0.3)` for all but the saving.
 """
 
-from rankfold.analysis import Analysis, Overrides, analyze
+from rankfold.analysis import Analysis, Overrides, analyze, with_timings
 from rankfold.batches import Data
 from rankfold.checkpoint import load, save
 from rankfold.compress import compress
@@ -63,4 +63,5 @@ __all__ = [
     "recover",
     "reestimate_batch_norm",
     "save",
+    "with_timings",
 ]

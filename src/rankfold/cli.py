@@ -34,6 +34,7 @@ from rankfold.picture import draw_analysis
 from rankfold.plan import Cost, Plan
 from rankfold.record import record_of
 from rankfold.recover import Schedule
+from rankfold.runtime import Runtime
 
 T = TypeVar("T")
 app = typer.Typer(
@@ -69,6 +70,9 @@ Memory = Annotated[
 Latency = Annotated[
     float | None,
     typer.Option("--latency", help="Fraction of the dense time, as measured, or milliseconds."),
+]
+RuntimeName = Annotated[
+    Runtime, typer.Option("--runtime", help="In which times are taken and must be kept.")
 ]
 LossMetric = Annotated[
     str, typer.Option("--loss-metric", help="auto, weight, response, fisher, asvd, fwsvd.")
@@ -140,6 +144,7 @@ def inspect(
     layers: Layers = None,
     keep: Keep = None,
     loss_metric: LossMetric = "auto",
+    runtime: RuntimeName = "eager",
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the analysis into this PNG or SVG file.")
     ] = None,
@@ -162,6 +167,7 @@ def inspect(
         layers=layers or "*",
         metric=loss_metric,
         timed=latency is not None or plot is not None or save_analysis is not None,
+        runtime=runtime,
         seed=seed,
         progress=_progress,
     )
@@ -182,11 +188,12 @@ def inspect(
     small = factorize(network, plan, progress=_progress)
     batch = next(first_batches(judged, 1, place))
     comparison = measure(
-        in_fastest_memory_format(network, batch, run_forward, _progress),
-        in_fastest_memory_format(small, batch, run_forward, _progress),
+        in_fastest_memory_format(network, batch, run_forward, _progress, runtime),
+        in_fastest_memory_format(small, batch, run_forward, _progress, runtime),
         judged,
         metric=measured,
         forward=run_forward,
+        runtime=runtime,
         progress=_progress,
     )
     if as_json:
@@ -217,6 +224,7 @@ def compress(
     layers: Layers = None,
     keep: Keep = None,
     loss_metric: LossMetric = "auto",
+    runtime: RuntimeName = "eager",
     max_drop: Annotated[
         float | None,
         typer.Option("--max-drop", help="Fewest MACs that lose so much of the metric at most."),
@@ -257,6 +265,7 @@ def compress(
         layers=layers or "*",
         overrides=Overrides(keep=keep or ()),
         loss_metric=loss_metric,
+        runtime=runtime,
         forward=run_forward,
         epochs=epochs,
         learning_rate=learning_rate,

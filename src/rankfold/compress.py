@@ -17,6 +17,7 @@ from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.record import attach_record, record_of
 from rankfold.recover import LossFunction, Schedule, recover
+from rankfold.runtime import Runtime, check_runtime
 from rankfold.search import cheapest_within, plan_to_latency, teacher_agreement
 
 
@@ -36,6 +37,7 @@ def compress(
     methods: Sequence[Method] | None = None,
     overrides: Overrides = Overrides(),  # noqa: B008  (frozen)
     loss_metric: str = "auto",
+    runtime: Runtime = "eager",
     outputs: Outputs | None = None,
     forward: Forward = run,
     epochs: int = 5,
@@ -61,12 +63,14 @@ def compress(
 
     The network is then put in the memory format in which it runs faster, and compared with the
     original, itself in its faster format, on `test` (by default `data`): what
-    `record_of(model).comparison` holds. The original is left as it is.
+    `record_of(model).comparison` holds. All times are those of the `runtime`. The original is left
+    as it is.
     """
     budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
     given = [name for name, value in budgets.items() if value is not None]
     if max_drop is not None and (given or energy or fraction or evbmf):
         raise BudgetError("ask for max_drop or for a budget, not for both")
+    check_runtime(runtime)
     judged = test if test is not None else data
     batch = next(first_batches(judged, 1, device_of(model)))
     if metric is not None:
@@ -80,6 +84,7 @@ def compress(
         metric=loss_metric,
         outputs=outputs,
         timed=latency is not None,
+        runtime=runtime,
         seed=seed,
         progress=progress,
     )
@@ -115,7 +120,7 @@ def compress(
             plan = make_plan()
         small = factorize(model, plan, progress=progress)
     record = record_of(small)
-    small = in_fastest_memory_format(small, batch, forward, progress)
+    small = in_fastest_memory_format(small, batch, forward, progress, runtime)
     if epochs > 0 and plan.factorized:
         recovery = recover(
             small,
@@ -134,11 +139,12 @@ def compress(
         )
         record = replace(record, recovery=recovery)
     comparison = measure(
-        in_fastest_memory_format(model, batch, forward, progress),
+        in_fastest_memory_format(model, batch, forward, progress, runtime),
         small,
         judged,
         metric=metric,
         forward=forward,
+        runtime=runtime,
         progress=progress,
     )
     attach_record(small, replace(record, comparison=comparison))

@@ -31,6 +31,7 @@ from rankfold.batches import (
 from rankfold.cost import count_macs, count_parameters
 from rankfold.errors import CalibrationError, ModelError, RankfoldError
 from rankfold.progress import Progress, silent
+from rankfold.runtime import Runtime, caller
 
 Metric = Callable[[nn.Module, Data], float]  # higher is better
 
@@ -60,6 +61,7 @@ class Comparison:
     device: str
     memory_formats: tuple[str, str]
     output_error: float  # norm of the outputs' difference over that of the original's outputs
+    runtime: Runtime = "eager"  # that the latencies are of
 
     @property
     def speedup(self) -> float:
@@ -68,7 +70,7 @@ class Comparison:
 
     def __rich__(self) -> Table:
         table = Table(
-            title=f"batch {self.batch_size}, {self.threads} threads, {self.device}",
+            title=f"batch {self.batch_size}, {self.threads} threads, {self.device}, {self.runtime}",
             caption=f"memory format: {' → '.join(self.memory_formats)}; "
             f"relative output error {self.output_error:.3g}",
         )
@@ -111,14 +113,16 @@ def measure(
     *,
     metric: Metric | None = None,
     forward: Forward = run,
+    runtime: Runtime = "eager",
     progress: Progress = silent,
 ) -> Comparison:
     """Measure two networks in eval mode: parameters, MACs, latency, peak memory, metric.
 
     MACs, latency, memory and output error are those of the first batch of `data`; latencies are
-    medians of alternating runs. `metric(model, data)` is called once on each. Both networks must be
-    on one device; they are measured in the memory format they have. Raises CalibrationError for
-    data that yields nothing, ModelError for a model that does not run, RankfoldError for a metric
+    medians of alternating runs in the `runtime`. `metric(model, data)` is called once on each. Both
+    networks must be on one device; they are measured in the memory format they have. Raises
+    CalibrationError for data that yields nothing, ModelError for a model that does not run,
+    DeviceError for a runtime that is not installed, RankfoldError for a metric
     that is not a finite number.
     """
     device = device_of(original)
@@ -134,7 +138,8 @@ def measure(
             _bytes(network) + peak_activations(call)
             for network, call in zip(models, calls, strict=True)
         ]
-        milliseconds = latencies(calls, device, progress)
+        timed = [caller(network, batch, forward, runtime) for network in models]
+        milliseconds = latencies(timed, device, progress)
     values: list[float | None] = [None, None]
     if metric is not None:
         values = [evaluate(metric, network, data) for network in progress(models, "evaluating")]
@@ -146,7 +151,8 @@ def measure(
         )
     )
     formats = memory_format_of(original), memory_format_of(model)
-    return Comparison(before, after, size, torch.get_num_threads(), str(device), formats, error)
+    threads = torch.get_num_threads()
+    return Comparison(before, after, size, threads, str(device), formats, error, runtime)
 
 
 def evaluate(metric: Metric, model: nn.Module, data: Data) -> float:
@@ -205,17 +211,22 @@ def latencies(
 
 
 def in_fastest_memory_format(
-    model: nn.Module, batch: Any, forward: Forward = run, progress: Progress = silent
+    model: nn.Module,
+    batch: Any,
+    forward: Forward = run,
+    progress: Progress = silent,
+    runtime: Runtime = "eager",
 ) -> nn.Module:
     """The model, or a copy with channels-last convolution weights if that is faster on the batch.
 
-    Both are timed in eval mode, taking turns. A model without 2-D convolutions comes back as it is.
+    Both are timed in eval mode, taking turns. A model without 2-D convolutions comes back as it is,
+    and so does any for ONNX Runtime, which has formats of its own.
     """
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    if runtime == "onnxruntime" or not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         return model
     models = (model, with_memory_format(model, "channels_last"))
     with running(models[0]), running(models[1]), torch.no_grad():
-        calls = [_call(forward, network, batch) for network in models]
+        calls = [caller(network, batch, forward, runtime) for network in models]
         milliseconds = latencies(calls, device_of(model), progress)
     return models[milliseconds.index(min(milliseconds))]
 

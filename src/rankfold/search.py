@@ -5,6 +5,7 @@ until it does what was asked for.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from rankfold.analysis import Analysis
 from rankfold.analysis.curvature import classes_last, first_tensor, kind_of
+from rankfold.analysis.latency import NetworkTiming
 from rankfold.batches import (
     Data,
     Forward,
@@ -29,7 +31,8 @@ from rankfold.factorize import factorize
 from rankfold.measure import Metric, evaluate, latencies, output_error, with_memory_format
 from rankfold.plan import Cost, LayerPlan, Plan
 from rankfold.progress import Progress, silent
-from rankfold.replacement import swapped
+from rankfold.replacement import put_in_place
+from rankfold.runtime import Runtime, caller
 
 _ROUNDS = 5
 _CLOSE = 0.02  # of the dense time: near enough to the latency asked for
@@ -91,7 +94,7 @@ def plan_to_latency(
             f"{best.share:.3g} for the best plan",
             {"latency": best.share},
         )
-    best = _put_back(model, best, batch, forward, progress)
+    best = _put_back(model, best, batch, forward, analysis.timing, progress)
     if best.share >= 1:
         return _dense_plan(model, best.plan, "nothing that was tried was faster")
     return best
@@ -108,7 +111,7 @@ def _dense_plan(model: nn.Module, plan: Plan, reason: str) -> TimedPlan:
 
 def _misses(share: float, target: float) -> float:
     """Too slow is worse than too fast."""
-    return share - target if share <= target else 4 * (share - target)
+    return target - share if share <= target else 4 * (share - target)
 
 
 def _timed(
@@ -120,29 +123,33 @@ def _timed(
     progress: Progress,
 ) -> TimedPlan:
     assert analysis.timing is not None
-    small = with_memory_format(factorize(model, plan).eval(), analysis.timing.memory_format)
-    dense = [model, with_memory_format(model, analysis.timing.memory_format)]
-    times = _milliseconds([*dense, small], batch, forward, progress)
-    return TimedPlan(plan, small, times[2] / min(times[:2]))
+    timing = analysis.timing
+    small = with_memory_format(factorize(model, plan).eval(), timing.memory_format)
+    networks = [small, model]
+    if timing.memory_format != "contiguous":
+        networks.append(with_memory_format(model, timing.memory_format))
+    ours, *dense = _milliseconds(networks, batch, forward, timing.runtime, progress)
+    return TimedPlan(plan, small, ours / min(dense))
 
 
 def _milliseconds(
-    networks: list[nn.Module], batch: Any, forward: Forward, progress: Progress
+    networks: list[nn.Module], batch: Any, forward: Forward, runtime: Runtime, progress: Progress
 ) -> list[float]:
-    calls = [_call(forward, network, batch) for network in networks]
     with contextlib.ExitStack() as stack:
         for network in networks:
             stack.enter_context(running(network))
         stack.enter_context(torch.no_grad())
+        calls = [caller(network, batch, forward, runtime) for network in networks]
         return latencies(calls, device_of(networks[0]), progress)
 
 
-def _call(forward: Forward, network: nn.Module, batch: Any) -> Callable[[], Any]:
-    return lambda: run_or_explain(forward, network, batch, 0)
-
-
 def _put_back(
-    model: nn.Module, timed: TimedPlan, batch: Any, forward: Forward, progress: Progress
+    model: nn.Module,
+    timed: TimedPlan,
+    batch: Any,
+    forward: Forward,
+    timing: NetworkTiming,
+    progress: Progress,
 ) -> TimedPlan:
     """With every layer dense again that gains nothing in the finished network.
 
@@ -158,13 +165,11 @@ def _put_back(
     restored: list[str] = []
     share = timed.share
     for entry in progress(doubtful, "putting back what does not pay"):
-        layer = model.get_submodule(entry.name)
-        form = timed.model.get_submodule(entry.name)
-        if any(isinstance(module, nn.Conv2d) for module in form.modules()):
-            layer = with_memory_format(layer, "channels_last")
-        with swapped(timed.model, {form: layer}):
-            (dense,) = _milliseconds([timed.model], batch, forward, silent)
-        (factorized,) = _milliseconds([timed.model], batch, forward, silent)
+        layer = with_memory_format(model.get_submodule(entry.name), timing.memory_format)
+        other = copy.deepcopy(timed.model)
+        other = put_in_place(other, {other.get_submodule(entry.name): layer})
+        networks = [timed.model, other]
+        factorized, dense = _milliseconds(networks, batch, forward, timing.runtime, silent)
         if factorized > _NO_GAIN * dense:
             restored.append(entry.name)
             share *= dense / factorized
@@ -177,9 +182,7 @@ def _put_back(
         for entry in timed.plan.layers
     )
     plan = replace(timed.plan, layers=entries, after=_total(timed.plan, entries))
-    small = factorize(model, plan).eval()
-    if any(isinstance(module, nn.Conv2d) for module in small.modules()):
-        small = with_memory_format(small, "channels_last")
+    small = with_memory_format(factorize(model, plan).eval(), timing.memory_format)
     return TimedPlan(plan, small, share)
 
 

@@ -7,6 +7,7 @@ from rankfold.analysis.correction import Check
 from rankfold.analysis.curvature import Outputs
 from rankfold.analysis.metrics import METRICS
 from rankfold.analysis.overrides import Overrides
+from rankfold.analysis.timing import with_timings
 
 __all__ = [
     "METRICS",
@@ -18,4 +19,5 @@ __all__ = [
     "Overrides",
     "Trial",
     "analyze",
+    "with_timings",
 ]

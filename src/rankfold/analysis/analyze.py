@@ -15,7 +15,6 @@ from rankfold.analysis.calibration import Calibration, calibrate
 from rankfold.analysis.candidates import AnalysedLayer, Candidate, Counts, below_break_even, grid_of
 from rankfold.analysis.correction import Check, corrected, points_to_check
 from rankfold.analysis.curvature import Outputs
-from rankfold.analysis.latency import LayerToTime, NetworkTiming, time_network
 from rankfold.analysis.metrics import (
     DAMPING,
     check_metric,
@@ -25,13 +24,14 @@ from rankfold.analysis.metrics import (
 )
 from rankfold.analysis.planning import Limit, choose_within_budget
 from rankfold.analysis.survey import SurveyedLayer, survey
-from rankfold.analysis.timing_cache import TimingCache
-from rankfold.batches import Data, Forward, device_of, first_batches, run
+from rankfold.analysis.timing import with_timings
+from rankfold.batches import Data, Forward, run
 from rankfold.cost import count_layer_macs, count_parameters
 from rankfold.errors import BudgetError, CalibrationError, ModelError, UnsupportedLayerError
 from rankfold.layers import Dense
 from rankfold.methods import METHODS, WEIGHT_METRIC, Family, Method, Moments, Rank
 from rankfold.progress import Progress, silent
+from rankfold.runtime import Runtime, check_runtime
 
 # Budgets of MACs at which the metrics compete.
 _TRIALS = (0.5, 0.25)
@@ -57,6 +57,7 @@ def analyze(
     held_out: int = 4,
     check: bool = True,
     timed: bool = False,
+    runtime: Runtime = "eager",
     seed: int = 0,
     progress: Progress = silent,
 ) -> Analysis:
@@ -77,14 +78,15 @@ def analyze(
     With `loss_fn(output, label)` the gradients are those of the data's labels. The losses of all
     candidates are then corrected by the divergence that is measured when layers are replaced one by
     one (`check`), unless plans become worse by it. "weight" needs no such data and corrects
-    nothing. With `timed`, layers and what could replace them are timed on the shapes of the first
-    batch (`rankfold.analysis.latency`).
+    nothing. With `timed`, layers and what could replace them are timed in the `runtime` on the
+    shapes of the first batch (see `with_timings`).
 
     Raises ModelError for weights that are not finite, CalibrationError for data that yields nothing
     or makes activations that are not, UnsupportedLayerError for a layer asked for by name that no
     method takes.
     """
     check_metric(metric)
+    check_runtime(runtime)
     if batches < 1 or held_out < 1:
         raise CalibrationError("batches and held_out must be at least 1")
     chosen = [method() for method in METHODS.values()] if methods is None else list(methods)
@@ -119,11 +121,8 @@ def analyze(
             fitted, checks = bench.correct(fitted)
     else:
         fitted, checks, trials = bench.compete(check)
-    layers_found, timing = fitted.layers, None
-    if timed:
-        layers_found, timing = _time(model, data, looked, fitted.layers, forward, progress)
-    return Analysis(
-        tuple(layers_found),
+    analysis = Analysis(
+        tuple(fitted.layers),
         count_parameters(model),
         sum(parameter.nbytes for parameter in model.parameters()),
         surveyed.macs,
@@ -131,8 +130,10 @@ def analyze(
         fitted.metric,
         tuple(checks),
         tuple(trials),
-        timing,
     )
+    if not timed:
+        return analysis
+    return with_timings(analysis, model, data, forward=forward, runtime=runtime, progress=progress)
 
 
 def _check_names(patterns: Sequence[str], names: Sequence[str]) -> None:
@@ -149,7 +150,6 @@ class _Looked:
 
     layer: AnalysedLayer  # without candidates
     module: nn.Module
-    input_shapes: tuple[tuple[int, ...], ...]
     plain: Mapping[str, Family]  # by method, in the weight metric
     costs: Mapping[str, Mapping[Rank, Counts]]  # by method, below break-even
 
@@ -171,7 +171,7 @@ def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence
         layer = AnalysedLayer(
             name, repr(module), parameters, 0, reason, {}, {}, (), {}, element_size=size
         )
-        return _Looked(layer, module, (), {}, {})
+        return _Looked(layer, module, {}, {})
     shapes = surveyed.input_shapes
     dense = (parameters, count_layer_macs(copy.deepcopy(module).to("meta"), shapes))
     plain = {key: _fit(method, surveyed, WEIGHT_METRIC) for key, method in able.items()}
@@ -190,7 +190,7 @@ def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence
         key: below_break_even(module, able[key], family.ranks(), shapes, dense)
         for key, family in plain.items()
     }
-    return _Looked(layer, module, shapes, plain, costs)
+    return _Looked(layer, module, plain, costs)
 
 
 def _fit(method: Method, layer: SurveyedLayer | _Looked, moments: Moments) -> Family:
@@ -199,30 +199,6 @@ def _fit(method: Method, layer: SurveyedLayer | _Looked, moments: Moments) -> Fa
     except ValueError as error:
         name = layer.name if isinstance(layer, SurveyedLayer) else layer.layer.name
         raise ModelError(f"layer '{name}': {error}") from error
-
-
-def _time(
-    model: nn.Module,
-    data: Data,
-    looked: Sequence[_Looked],
-    layers: Sequence[AnalysedLayer],
-    forward: Forward,
-    progress: Progress,
-) -> tuple[list[AnalysedLayer], NetworkTiming]:
-    to_time = [
-        LayerToTime(
-            one.layer.name,
-            one.module,
-            one.input_shapes,
-            one.layer.methods,
-            {key: list(ranks) for key, ranks in one.costs.items()},
-        )
-        for one in looked
-        if any(one.costs.values())
-    ]
-    batch = next(first_batches(data, 1, device_of(model)))
-    network, timings = time_network(model, batch, to_time, forward, TimingCache(), progress)
-    return [replace(layer, timing=timings.get(layer.name)) for layer in layers], network
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def calibrate(
     elif judge.kind == "logits":
         curvatures = [*(Softmax(temperature) for temperature in temperatures), Identity()]
     work = progress(stream, "gathering moments", count)
-    statistics = gather(model, layers, work, forward, curvatures, seed=seed)
+    statistics = gather(model, layers, work, forward, curvatures, expected=count, seed=seed)
     gathered = {name for one in statistics.values() for name in one.gradients}
     names = tuple(curvature.name for curvature in curvatures if curvature.name in gathered)
     return Calibration(statistics, judge, names)

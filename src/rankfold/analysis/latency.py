@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,15 @@ from scipy.interpolate import RegularGridInterpolator
 from torch import nn
 
 from rankfold.analysis.timing_cache import TimingCache
-from rankfold.batches import Forward, device_of, run_or_explain, running
+from rankfold.batches import Forward, device_of, run, running
 from rankfold.measure import latencies, with_memory_format
 from rankfold.methods import Method, Rank
 from rankfold.progress import Progress, silent
+from rankfold.runtime import Runtime, caller, prepare, version_of
 
 _GRID = {1: 6, 2: 4}  # ranks timed per entry, by the number of entries; 3 for more
-_RUNS = (7, 60)
+_SLOW_GRID = {1: 4, 2: 3}  # where each has to be compiled or exported first
+_RUNS = (5, 60)
 _SECONDS = 0.04
 
 
@@ -62,6 +63,7 @@ class NetworkTiming:
     memory_format: str
     device: str
     threads: int
+    runtime: Runtime = "eager"
 
 
 @dataclass(frozen=True)
@@ -80,25 +82,27 @@ def time_network(
     forward: Forward,
     cache: TimingCache,
     progress: Progress = silent,
+    runtime: Runtime = "eager",
 ) -> tuple[NetworkTiming, dict[str, LayerTiming]]:
     """Time the network on the batch in eval mode, and each layer with all that could replace it.
 
-    In channels-last format if the network has 2-D convolutions, in which thin ones gain most. The
-    network itself is timed anew, layers are looked up in the cache first.
+    In channels-last format if the network has 2-D convolutions, in which thin ones gain most, and
+    the runtime lets one choose. The network itself is timed anew, layers are looked up in the cache
+    first.
     """
     device = device_of(model)
     formats = ["contiguous"]
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    if runtime != "onnxruntime" and any(isinstance(m, nn.Conv2d) for m in model.modules()):
         formats.append("channels_last")
     networks = [with_memory_format(model, name) for name in formats]
-    calls = [partial(run_or_explain, forward, network, batch, 0) for network in networks]
     with running(networks[0]), running(networks[-1]), torch.no_grad():
+        calls = [caller(network, batch, forward, runtime) for network in networks]
         whole = latencies(calls, device, progress)
-    stopwatch = _Stopwatch(device, formats[-1], cache)
+    stopwatch = _Stopwatch(device, formats[-1], runtime, cache)
     timings = {layer.name: stopwatch.layer(layer) for layer in progress(layers, "timing layers")}
     rest = max(0.0, whole[-1] - sum(timing.dense_ms for timing in timings.values()))
     network_timing = NetworkTiming(
-        min(whole), rest, formats[-1], device_name(device), torch.get_num_threads()
+        min(whole), rest, formats[-1], device_name(device), torch.get_num_threads(), runtime
     )
     return network_timing, timings
 
@@ -119,6 +123,7 @@ def device_name(device: torch.device) -> str:
 class _Stopwatch:
     device: torch.device
     memory_format: str
+    runtime: Runtime
     cache: TimingCache
 
     def layer(self, layer: LayerToTime) -> LayerTiming:
@@ -128,7 +133,8 @@ class _Stopwatch:
         for key, method in layer.methods.items():
             if not layer.ranks[key]:
                 continue
-            grid = coarse_grid(layer.ranks[key])
+            most = _GRID if self.runtime == "eager" else _SLOW_GRID
+            grid = coarse_grid(layer.ranks[key], most)
             table = np.array(
                 [
                     self._milliseconds(
@@ -151,7 +157,7 @@ class _Stopwatch:
     def _one(self, layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> float:
         key = (
             f"{device_name(self.device)}, {torch.get_num_threads()} threads, "
-            f"torch {torch.__version__}, {dtype}, {self.memory_format}, {shape}: {layer!r}"
+            f"{version_of(self.runtime)}, {dtype}, {self.memory_format}, {shape}: {layer!r}"
         )
         known = self.cache.get(key)
         if known is None:
@@ -167,16 +173,17 @@ class _Stopwatch:
             ready = with_memory_format(ready, self.memory_format)
             given = given.to(memory_format=torch.channels_last)
         with torch.no_grad():
-            return milliseconds(ready, given)
+            return milliseconds(prepare(ready, given, run, self.runtime), given)
 
 
-def coarse_grid(ranks: Sequence[Rank]) -> tuple[tuple[int, ...], ...]:
+def coarse_grid(
+    ranks: Sequence[Rank], most: Mapping[int, int] = _GRID
+) -> tuple[tuple[int, ...], ...]:
     """For each entry of a rank a few of its values, the least and greatest among them."""
     grid = []
     for entry in zip(*ranks, strict=True):
         values = sorted(set(entry))
-        most = _GRID.get(len(ranks[0]), 3)
-        wanted = np.geomspace(values[0], values[-1], most)
+        wanted = np.geomspace(values[0], values[-1], most.get(len(ranks[0]), 3))
         nearest = {values[int(np.abs(np.array(values) - one).argmin())] for one in wanted}
         grid.append(tuple(sorted(nearest)))
     return tuple(grid)

@@ -4,6 +4,7 @@ One streaming pass: every batch runs forward once and backward once for each pro
 and what is kept are the moments alone.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +21,10 @@ from rankfold.layers import CONVOLUTIONS, Convolution, Dense
 
 # Up to this many entries of a patch its whole moment is kept; of larger ones, the channels'.
 PATCH_LIMIT = 2304
-# Positions that one call of a layer adds at most: this many, or twice the entries of a patch.
-_POSITIONS = 2048
+# Positions of a call that count at most: this many, or so many that all batches together give ten
+# times the entries of a patch.
+_POSITIONS = 1024
+_TIMES_ENTRIES = 10
 _ROWS = 4096  # of one float32 product
 
 
@@ -42,18 +45,20 @@ def gather(
     forward: Forward,
     curvatures: Sequence[Curvature],
     *,
+    expected: int = 1,
     probes: int = 1,
     seed: int = 0,
 ) -> dict[str, Statistics]:
     """The statistics of the named layers, from all batches, the model in eval mode on its device.
 
     Products of float32 rows are added up in float64. Where a call has very many positions, random
-    ones of them count. A layer without gradients (its outputs do not reach the model's, or the
-    model forbids them) has none in its statistics. Raises CalibrationError, naming layer and batch,
-    for activations or gradients that are not finite, ModelError for a model that does not run.
+    ones of them count: the fewer, the more batches are `expected`. A layer without gradients (its
+    outputs do not reach the model's, or the model forbids them) has none in its statistics. Raises
+    CalibrationError, naming layer and batch, for activations or gradients that are not finite,
+    ModelError for a model that does not run.
     """
     sums = {name: _Sums(layer) for name, layer in layers.items()}
-    watcher = _Watcher(sums, torch.Generator().manual_seed(seed))
+    watcher = _Watcher(sums, expected, torch.Generator().manual_seed(seed))
     probing = torch.Generator().manual_seed(seed)
     samples = 0
     hooks = [
@@ -103,8 +108,11 @@ class _Sums:
 class _Watcher:
     """The hooks."""
 
-    def __init__(self, sums: Mapping[str, _Sums], generator: torch.Generator) -> None:
+    def __init__(
+        self, sums: Mapping[str, _Sums], expected: int, generator: torch.Generator
+    ) -> None:
         self.sums = sums
+        self.expected = expected
         self.generator = generator
         self.batch = 0
         self.curvature = ""
@@ -173,7 +181,7 @@ class _Watcher:
 
     def _some(self, count: int, entries: int) -> torch.Tensor | slice:
         """All positions, or random ones of very many."""
-        most = max(_POSITIONS, 2 * entries)
+        most = max(_POSITIONS, math.ceil(_TIMES_ENTRIES * entries / self.expected))
         if count <= most:
             return slice(None)
         return torch.randint(count, (most,), generator=self.generator)
