@@ -16,7 +16,7 @@ from torch import nn
 from rankfold.cost import count_layer_macs, count_parameters
 from rankfold.errors import RankError
 from rankfold.layers import assign_factors
-from rankfold.methods import METHODS, WEIGHT_METRIC, Method, Moments, aligned_ranks
+from rankfold.methods import METHODS, WEIGHT_METRIC, Method, Moments, aligned_ranks, reduction
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 methods = st.sampled_from(sorted(METHODS))
@@ -32,17 +32,54 @@ EXAMPLES = [
     nn.Conv2d(3, 32, 5),
     nn.Conv2d(32, 24, 1),
     nn.Conv3d(16, 16, 2, padding_mode="circular", padding=1),
+    nn.Conv2d(32, 20, (3, 2), stride=2, groups=2),
+    nn.ConvTranspose2d(20, 16, (3, 2), stride=(2, 1), output_padding=(1, 0)),
+    nn.ConvTranspose1d(24, 36, 3, padding=1, groups=2, bias=False),
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduced:
+    """A method as the rest of rankfold uses it: for grouped and transposed convolutions too."""
+
+    method: Method
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    def why_not(self, layer):
+        return reduction.why_not(self.method, layer)
+
+    def fit(self, layer, moments):
+        return reduction.fit(self.method, layer, moments)
+
+    def skeleton(self, layer, rank):
+        return reduction.skeleton(self.method, layer, rank)
+
+
 CASES = [
-    pytest.param(method(), layer, id=f"{name}-{layer}")
+    pytest.param(Reduced(method()), layer, id=f"{name}-{layer}")
     for name, method in METHODS.items()
     for layer in EXAMPLES
-    if method().why_not(layer) is None
+    if reduction.why_not(method(), layer) is None
 ]
 
 
-def applicable(name: str, layer: nn.Module) -> Method:
-    method = METHODS[name](alignment=1)
+def groups_of(layer: nn.Module) -> int:
+    return getattr(layer, "groups", 1)
+
+
+def in_channels(layer: nn.Module) -> int:
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    return getattr(layer, "transposed", False)
+
+
+def applicable(name: str, layer: nn.Module) -> Reduced:
+    method = Reduced(METHODS[name](alignment=1))
     assume(method.why_not(layer) is None)
     return method
 
@@ -150,18 +187,21 @@ def test_a_layer_of_exactly_this_rank_is_recovered(name, data, seed) -> None:
 
 
 def closed_form_cost(method: str, layer: nn.Module, rank, positions_in, positions_out):
-    """Parameters and MACs by hand: Kim et al. 2016, equations 4 to 7, and the two-factor form."""
-    bias = 0 if layer.bias is None else layer.weight.shape[0]
-    outputs, inputs = layer.weight.shape[:2]
+    """Parameters and MACs by hand: Kim et al. 2016, equations 4 to 7, and the two-factor form.
+
+    Without the bias; of each group of a convolution, and of the one that a transposed is the
+    adjoint of.
+    """
+    outputs, inputs = layer.weight.shape[0] // groups_of(layer), layer.weight.shape[1]
     kernel = layer.weight[0, 0].numel()
     if method == "svd":
         (r,) = rank
         parameters = r * (inputs * kernel + outputs)
-        return parameters + bias, parameters * positions_out
+        return parameters, parameters * positions_out
     r_out, r_in = rank
     parameters = inputs * r_in + r_in * r_out * kernel + r_out * outputs
     macs = inputs * r_in * positions_in + (r_in * r_out * kernel + r_out * outputs) * positions_out
-    return parameters + bias, macs
+    return parameters, macs
 
 
 @several
@@ -171,10 +211,14 @@ def test_costs_are_those_of_the_closed_formulas(name, data) -> None:
     method = applicable(name, layer)
     rank = data.draw(st.sampled_from(list(method.fit(layer, WEIGHT_METRIC).ranks())))
     skeleton = method.skeleton(layer, rank)
-    outputs = layer(torch.zeros(shape)).numel() // layer.weight.shape[0]
-    inputs = torch.Size(shape).numel() // layer.weight.shape[1]
-    counted = count_parameters(skeleton), count_layer_macs(skeleton, [shape])
-    assert counted == closed_form_cost(name, layer, rank, inputs, outputs)
+    responses = layer(torch.zeros(shape))
+    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    positions = torch.Size(shape).numel() // in_channels(layer), responses.numel() // channels
+    inputs, outputs = positions[::-1] if is_transposed(layer) else positions
+    parameters, macs = closed_form_cost(name, layer, rank, inputs, outputs)
+    groups, bias = groups_of(layer), 0 if layer.bias is None else channels
+    assert count_parameters(skeleton) == groups * parameters + bias
+    assert count_layer_macs(skeleton, [shape]) == groups * macs
     dense = copy.deepcopy(layer).to("meta")
     assert count_layer_macs(dense, [shape]) == layer.weight.numel() * outputs
 
@@ -183,7 +227,7 @@ def test_costs_are_those_of_the_closed_formulas(name, data) -> None:
 def test_every_factor_gets_a_gradient_and_the_bias_is_kept(method, layer) -> None:
     family = method.fit(layer, WEIGHT_METRIC)
     form = family.build(family.ranks()[0])
-    shape = (2, layer.weight.shape[1], *(6 for _ in layer.weight.shape[2:]))
+    shape = (2, in_channels(layer), *(6 for _ in layer.weight.shape[2:]))
     form(torch.randn(shape)).square().sum().backward()
     for factor in form:
         assert torch.isfinite(factor.weight.grad).all() and factor.weight.grad.abs().sum() > 0
@@ -277,18 +321,19 @@ def test_candidates_are_aligned(method, layer) -> None:
     ranks = method.fit(layer, WEIGHT_METRIC).ranks()
     assert len(set(ranks)) == len(ranks)
     for entry in zip(*ranks, strict=True):
-        assert all(r % method.alignment == 0 or r == max(entry) for r in entry)
+        together = method.method.alignment // groups_of(layer)
+        assert all(r % together == 0 or r == max(entry) for r in entry)
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_spectra_are_the_singular_values_of_the_unfoldings(method, layer) -> None:
     spectra = method.fit(layer, WEIGHT_METRIC).spectra
+    by_group = layer.weight.detach().double().unflatten(0, (groups_of(layer), -1))
     for mode, spectrum in enumerate(spectra):
-        unfolding = layer.weight.detach().movedim(mode, 0).flatten(1)
-        assert spectrum.shape == tuple(unfolding.shape)
-        torch.testing.assert_close(
-            spectrum.singular_values, torch.linalg.svdvals(unfolding.double()), rtol=1e-4, atol=1e-5
-        )
+        unfoldings = by_group.movedim(mode + 1, 1).flatten(2)
+        assert spectrum.shape == tuple(unfoldings.shape[1:])
+        values = torch.linalg.svdvals(unfoldings).square().mean(0).sqrt()
+        torch.testing.assert_close(spectrum.singular_values, values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
@@ -326,21 +371,44 @@ KNOWN = [("patches", True), ("patches", False), ("channels", True), ("channels",
 def in_a_metric(layer: nn.Module, inputs: str, gradients: bool, rank: int | None = None):
     """The layer in float64 with weights of its own, and a metric; `rank` of singular moments."""
     layer = copy.deepcopy(layer).double()
-    outputs, channels = layer.weight.shape[:2]
+    groups = groups_of(layer)
+    outputs, channels = layer.weight.shape[0] // groups, layer.weight.shape[1]
     length = {"patches": layer.weight[0].numel(), "channels": channels}
     with torch.no_grad():
         layer.weight.copy_(tensor_of(layer.weight.shape, seed=1))
+
+    def moment(size: int, seed: int) -> torch.Tensor:
+        of_groups = [weight_of(size, seed=seed + 10 * g, rank=rank) for g in range(groups)]
+        return of_groups[0] if groups == 1 else torch.stack(of_groups)
+
+    if is_transposed(layer):  # of which the outputs' channels come second in the weight
+        outputs, length = channels, dict.fromkeys(length, outputs)
     return layer, Moments(
-        weight_of(length[inputs], seed=2, rank=rank) if inputs else None,
-        weight_of(outputs, seed=3, rank=rank) if gradients else None,
+        moment(length[inputs], seed=2) if inputs else None,
+        moment(outputs, seed=3) if gradients else None,
     )
+
+
+def squared_error(moments: Moments, layer: nn.Module, difference: torch.Tensor) -> float:
+    """tr(G Δ A Δᵀ), summed over groups."""
+    groups = groups_of(layer)
+    total = 0.0
+    for g, one in enumerate(difference.chunk(groups)):
+        inputs, gradients = (
+            moment if moment is None or groups == 1 else moment[g]
+            for moment in (moments.inputs, moments.gradients)
+        )
+        if is_transposed(layer):
+            one = one.transpose(0, 1)
+        total += Moments(inputs, gradients).squared_error(one)
+    return total
 
 
 def metric_error(moments: Moments, form: nn.Module, layer: nn.Module) -> float:
     """Squared, relative to the weight's."""
     weight = layer.weight.detach()
     difference = form.to_dense().weight.detach() - weight
-    return moments.squared_error(difference) / moments.squared_error(weight)
+    return squared_error(moments, layer, difference) / squared_error(moments, layer, weight)
 
 
 def whitened(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
@@ -365,7 +433,11 @@ def test_in_a_metric_full_rank_is_still_the_dense_layer(method, layer, inputs, g
 
 
 @pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize("layer", EXAMPLES, ids=str)
+@pytest.mark.parametrize(
+    "layer",
+    [one for one in EXAMPLES if groups_of(one) == 1 and not is_transposed(one)],
+    ids=str,
+)
 def test_svd_loses_the_tail_of_the_whitened_weight(layer, inputs, gradients) -> None:
     """Eckart and Young: no layer of this rank is nearer in the metric."""
     layer, moments = in_a_metric(layer, inputs, gradients)
@@ -385,7 +457,7 @@ def test_a_scale_is_the_unit_of_the_loss(method, layer) -> None:
     layer, moments = in_a_metric(layer, "patches", True)
     relative_family = method.fit(layer, moments)
     family = method.fit(layer, dataclasses.replace(moments, scale=3.0))
-    whole = moments.squared_error(layer.weight.detach())
+    whole = squared_error(moments, layer, layer.weight.detach())
     for rank in family.ranks():
         expected = 3 * whole * relative_family.loss(rank)
         assert family.loss(rank) == pytest.approx(expected, rel=1e-9, abs=1e-9 * whole)
@@ -470,7 +542,7 @@ def test_singular_moments_give_finite_factors(method, layer, inputs, gradients) 
     layer, moments = in_a_metric(layer, inputs, gradients, rank=1)
     if moments.gradients is not None:
         for direction in (moments.gradients, moments.gradients.mT):
-            direction[[0, 2]] = 0
+            direction[..., [0, 2], :] = 0
     family = method.fit(layer, moments)
     for rank in family.ranks():
         form = family.build(rank)
@@ -539,9 +611,8 @@ def test_every_method_has_a_layer_in_these_tests(name) -> None:
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (nn.Conv2d(32, 32, 3, groups=4), "grouped convolution, groups=4"),
-        (nn.Conv2d(32, 32, 3, groups=32), "grouped convolution, groups=32"),
-        (nn.ConvTranspose2d(32, 32, 3), "no factorization for ConvTranspose2d layers"),
+        (nn.Conv2d(32, 32, 3, groups=32), "grouped convolution, groups=32: depthwise"),
+        (nn.ConvTranspose2d(32, 64, 3, groups=32), "transposed convolution, groups=32: depthwise"),
         (nn.LSTM(32, 32), "no factorization for LSTM layers"),
         (nn.Bilinear(4, 4, 4), "no factorization for Bilinear layers"),
         (nn.MultiheadAttention(8, 2).out_proj, "NonDynamicallyQuantizableLinear"),
@@ -549,7 +620,7 @@ def test_every_method_has_a_layer_in_these_tests(name) -> None:
 )
 def test_layers_that_no_method_takes_and_why(layer, words) -> None:
     for method in METHODS.values():
-        assert words in method().why_not(layer)
+        assert words in reduction.why_not(method(), layer)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")

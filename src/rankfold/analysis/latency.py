@@ -25,7 +25,7 @@ from torch import nn
 from rankfold.analysis.timing_cache import TimingCache
 from rankfold.batches import Forward, device_of, run_or_explain, running
 from rankfold.measure import latencies, with_memory_format
-from rankfold.methods import Method, Rank
+from rankfold.methods import Method, Rank, reduction
 from rankfold.progress import Progress, silent
 
 _GRID = {1: 6, 2: 4}  # ranks timed per entry, by the number of entries; 3 for more
@@ -132,7 +132,7 @@ class _Stopwatch:
             table = np.array(
                 [
                     self._milliseconds(
-                        method.skeleton(layer.module, rank), layer.input_shapes, dtype
+                        reduction.skeleton(method, layer.module, rank), layer.input_shapes, dtype
                     )
                     for rank in product(*grid)
                 ]

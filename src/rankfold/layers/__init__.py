@@ -7,17 +7,29 @@ layer back. How the factors are found is the business of `rankfold.methods`.
 
 from rankfold.layers.chain import CONVOLUTIONS, Convolution
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
+from rankfold.layers.grouped import GroupedConvolution
+from rankfold.layers.transposed import (
+    TRANSPOSED,
+    Transposed,
+    TransposedConvolution,
+    adjoint_weights,
+)
 from rankfold.layers.tucker import TuckerConvolution
 from rankfold.layers.two_factor import TwoFactorConvolution, TwoFactorLinear
 
 __all__ = [
     "CONVOLUTIONS",
+    "TRANSPOSED",
     "Convolution",
     "Dense",
     "Form",
+    "GroupedConvolution",
+    "Transposed",
+    "TransposedConvolution",
     "TuckerConvolution",
     "TwoFactorConvolution",
     "TwoFactorLinear",
+    "adjoint_weights",
     "assign_factors",
     "check_ranks",
 ]
