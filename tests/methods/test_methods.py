@@ -15,13 +15,15 @@ from torch import nn
 
 from rankfold.cost import count_layer_macs, count_parameters
 from rankfold.errors import RankError
-from rankfold.layers import assign_factors
 from rankfold.methods import METHODS, WEIGHT_METRIC, Method, Moments, aligned_ranks, reduction
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 methods = st.sampled_from(sorted(METHODS))
 seeds = st.integers(0, 1000)
 several = settings(max_examples=100, suppress_health_check=[HealthCheck.filter_too_much])
+
+# Of one candidate, that loses nothing: in a metric, nothing of what the metric sees.
+LOSSLESS = {"full-rank"}
 
 EXAMPLES = [
     nn.Linear(40, 24),
@@ -84,6 +86,17 @@ def applicable(name: str, layer: nn.Module) -> Reduced:
     return method
 
 
+def factors_of(form: nn.Module) -> list[nn.Module]:
+    return [module for module in form.modules() if hasattr(module, "weight")]
+
+
+def with_random_factors(form: nn.Module, seed: int) -> nn.Module:
+    with torch.no_grad():
+        for place, factor in enumerate(factors_of(form)):
+            factor.weight.copy_(tensor_of(factor.weight.shape, seed=seed + 1000 * place))
+    return form
+
+
 def full_rank(family) -> tuple[int, ...]:
     return max(family.ranks())
 
@@ -117,17 +130,11 @@ def test_the_form_is_the_dense_layer_that_it_represents(name, data, seed) -> Non
     layer, shape = data.draw(layers(torch.float64))
     method = applicable(name, layer)
     rank = data.draw(st.sampled_from(list(method.fit(layer, WEIGHT_METRIC).ranks())))
-    form = method.skeleton(layer, rank)
-    assert all(parameter.is_meta for parameter in form.parameters())
-    generator = torch.Generator().manual_seed(seed)
-    factors = [
-        torch.randn(factor.weight.shape, dtype=torch.float64, generator=generator)
-        for factor in form
-    ]
-    assign_factors(form, factors, layer)
+    assert all(parameter.is_meta for parameter in method.skeleton(layer, rank).parameters())
+    form = with_random_factors(method.fit(layer, WEIGHT_METRIC).build(rank), seed)
     dense = form.to_dense()
     assert repr(dense) == repr(layer) and type(dense) is type(layer)
-    inputs = torch.randn(shape, dtype=torch.float64, generator=generator)
+    inputs = tensor_of(shape, seed=seed)
     with torch.no_grad():
         assert relative(form(inputs), dense(inputs)) < 1e-10
 
@@ -153,7 +160,7 @@ def test_the_loss_is_the_error_and_does_not_grow_with_rank(name, data) -> None:
     family = applicable(name, layer).fit(layer, WEIGHT_METRIC)
     rank = data.draw(st.sampled_from(list(family.ranks())))
     error = weight_error(family.build(rank), layer) ** 2
-    if name == "svd":
+    if name in ("svd", "full-rank", "interpolative"):
         assert family.loss(rank) == pytest.approx(error, abs=1e-9)
     assert error <= family.loss(rank) + 1e-9
     for entry in range(len(rank)):
@@ -173,13 +180,7 @@ def test_a_layer_of_exactly_this_rank_is_recovered(name, data, seed) -> None:
     layer, _ = data.draw(layers(torch.float64, channels=st.integers(2, 12)))
     method = applicable(name, layer)
     rank = data.draw(st.sampled_from(list(method.fit(layer, WEIGHT_METRIC).ranks())))
-    form = method.skeleton(layer, rank)
-    generator = torch.Generator().manual_seed(seed)
-    assign_factors(
-        form,
-        [torch.randn(f.weight.shape, dtype=torch.float64, generator=generator) for f in form],
-        layer,
-    )
+    form = with_random_factors(method.fit(layer, WEIGHT_METRIC).build(rank), seed)
     exact = form.to_dense()
     family = method.fit(exact, WEIGHT_METRIC)
     assert family.loss(rank) < 1e-9
@@ -194,7 +195,10 @@ def closed_form_cost(method: str, layer: nn.Module, rank, positions_in, position
     """
     outputs, inputs = layer.weight.shape[0] // groups_of(layer), layer.weight.shape[1]
     kernel = layer.weight[0, 0].numel()
-    if method == "svd":
+    if method == "interpolative":
+        parameters = outputs * rank[0] * kernel
+        return parameters, parameters * positions_out
+    if method in ("svd", "full-rank"):
         (r,) = rank
         parameters = r * (inputs * kernel + outputs)
         return parameters, parameters * positions_out
@@ -229,7 +233,7 @@ def test_every_factor_gets_a_gradient_and_the_bias_is_kept(method, layer) -> Non
     form = family.build(family.ranks()[0])
     shape = (2, in_channels(layer), *(6 for _ in layer.weight.shape[2:]))
     form(torch.randn(shape)).square().sum().backward()
-    for factor in form:
+    for factor in factors_of(form):
         assert torch.isfinite(factor.weight.grad).all() and factor.weight.grad.abs().sum() > 0
         assert (factor.bias is not None) == (factor is form[-1] and layer.bias is not None)
     if layer.bias is not None:
@@ -245,7 +249,7 @@ def test_dtype_mode_and_gradients_are_those_of_the_layer(method, layer, dtype) -
     form = family.build(full_rank(family))
     assert {parameter.dtype for parameter in form.parameters()} == {dtype}
     assert not any(module.training for module in form.modules())
-    assert not any(factor.weight.requires_grad for factor in form)
+    assert not any(factor.weight.requires_grad for factor in factors_of(form))
     rounding = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float64: 1e-12}
     assert weight_error(form, layer) < rounding[dtype]
 
@@ -477,7 +481,7 @@ def test_a_metric_is_served_better_by_what_is_fitted_in_it(
         errors.append(metric_error(moments, family.build(rank), layer))
         others.append(metric_error(moments, plain.build(rank), layer))
         assert errors[-1] <= slack * others[-1] + 1e-9
-    assert sum(errors) < sum(others)
+    assert sum(errors) < sum(others) or method.name in LOSSLESS
 
 
 @pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
@@ -488,7 +492,8 @@ def test_in_a_metric_the_loss_does_not_grow_with_rank(method, layer, inputs, gra
     for less, more in product(losses, repeat=2):
         if all(a <= b for a, b in zip(less, more, strict=True)):
             assert losses[more] <= losses[less] + 1e-12
-    assert losses[min(losses)] > 1e-3 > losses[max(losses)]
+    assert losses[min(losses)] > 1e-3 or method.name in LOSSLESS
+    assert losses[max(losses)] < 1e-3
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -560,8 +565,12 @@ def test_at_full_rank_singular_moments_change_nothing(
     """Also along directions that no input of the calibration data took."""
     layer, moments = in_a_metric(layer, inputs, gradients, rank=2)
     family = method.fit(layer, moments)
+    form = family.build(full_rank(family))
+    if method.name in LOSSLESS:
+        assert metric_error(moments, form, layer) < 1e-6
+        return
     # Moments are singular but for a floor of 1e-10: half of float64's digits are lost.
-    assert weight_error(family.build(full_rank(family)), layer) < 2e-4
+    assert weight_error(form, layer) < 2e-4
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)

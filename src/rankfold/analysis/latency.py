@@ -183,11 +183,13 @@ def coarse_grid(ranks: Sequence[Rank]) -> tuple[tuple[int, ...], ...]:
 
 
 def _filled(layer: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a layer of any device with random weights, in eval mode."""
+    """A copy of a layer of any device with random weights and zero buffers, in eval mode."""
     filled = copy.deepcopy(layer).to("meta").to_empty(device=device).eval()
     with torch.no_grad():
         for parameter in filled.parameters():
             parameter.copy_(torch.rand(parameter.shape, device=device) - 0.5)
+        for buffer in filled.buffers():
+            buffer.zero_()  # indices, for one: those of channels must be of some that there are
     return filled
 
 

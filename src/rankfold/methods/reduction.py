@@ -84,7 +84,8 @@ class ReducedFamily:
         ]
 
     def ranks(self) -> Sequence[Rank]:
-        return self.families[0].ranks()
+        """Those of the group that has the greatest: a group may have less to keep than others."""
+        return max((family.ranks() for family in self.families), key=max)
 
     def loss(self, rank: Rank) -> float:
         return sum(family.loss(rank) for family in self.families)
