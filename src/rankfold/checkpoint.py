@@ -29,6 +29,7 @@ from torch import nn
 
 from rankfold.errors import CheckpointError, ModelError, PlanError, RankError
 from rankfold.factorize import replace_layers
+from rankfold.methods import reduction
 from rankfold.plan import LayerPlan, Plan
 from rankfold.record import Record, attach_record, record_of
 from rankfold.version import __version__
@@ -109,10 +110,11 @@ def load(
 
     def skeleton(entry: LayerPlan, layer: nn.Module) -> nn.Module:
         method = entry.make_method()
-        if (reason := method.why_not(layer)) is not None:
+        if (reason := reduction.why_not(method, layer)) is not None:
             raise PlanError(f"method '{entry.method}' does not take it: {reason}")
         weight = next(layer.parameters())
-        form = method.skeleton(layer, entry.rank or ()).to_empty(device=weight.device)
+        form = reduction.skeleton(method, layer, entry.rank or ())
+        form = form.to_empty(device=weight.device)
         return form.requires_grad_(weight.requires_grad)
 
     try:

@@ -8,7 +8,7 @@ from torch import nn
 from rankfold.analysis import Analysis
 from rankfold.errors import ModelError, PlanError, RankError
 from rankfold.fingerprint import weights_sha256
-from rankfold.methods import WEIGHT_METRIC
+from rankfold.methods import WEIGHT_METRIC, reduction
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
 from rankfold.record import Record, attach_record
@@ -40,11 +40,11 @@ def factorize(
 
     def fit(entry: LayerPlan, layer: nn.Module) -> nn.Module:
         method = entry.make_method()
-        if (reason := method.why_not(layer)) is not None:
+        if (reason := reduction.why_not(method, layer)) is not None:
             raise PlanError(f"method '{entry.method}' does not take it: {reason}")
         try:
             moments = known.get(entry.name, WEIGHT_METRIC)
-            return method.fit(layer, moments).build(entry.rank or ())
+            return reduction.fit(method, layer, moments).build(entry.rank or ())
         except RankError as error:
             raise PlanError(str(error)) from error
         except ValueError as error:

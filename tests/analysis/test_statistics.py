@@ -232,8 +232,10 @@ def test_more_probes_and_more_curvatures() -> None:
     for name, layer in layers_of(model).items():
         assert set(found[name].gradients) == {"softmax", "softmax@4", "identity"}
         for gradients in found[name].gradients.values():
-            assert gradients.shape == (len(layer.weight),) * 2
-            assert gradients.trace() > 0
+            outputs = len(layer.weight)
+            stacked = (outputs, 1, 1)
+            assert gradients.shape == (stacked if name == "depthwise" else (outputs, outputs))
+            assert (gradients.diagonal(dim1=-2, dim2=-1) > 0).any()
     assert found["stem"].positions == 64 and found["body"].positions == 16
     assert found["head"].positions == 1
 
@@ -466,8 +468,11 @@ def test_models_of_every_precision(dtype) -> None:
         assert found[name].inputs.dtype == found[name].gradients["softmax"].dtype == torch.float64
         tolerance = {torch.float16: 5e-3, torch.bfloat16: 5e-2, torch.float64: 1e-5}[dtype]
         assert relative(found[name].inputs, one.inputs) < tolerance
-        gradients = found[name].gradients["identity"].trace().item()
-        assert gradients == pytest.approx(one.gradients["identity"].trace().item(), rel=0.5)
+        ours, theirs = (
+            of.gradients["identity"].diagonal(dim1=-2, dim2=-1).sum().item()
+            for of in (found[name], one)
+        )
+        assert ours == pytest.approx(theirs, rel=0.5)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1e15, 1e30])
@@ -503,3 +508,58 @@ def test_a_sampled_call_still_counts_by_all_its_positions(monkeypatch) -> None:
     batches = [torch.ones(1000, 2), torch.zeros(50, 2)]
     found = of_one_layer(layer, *batches)
     assert found.inputs[0, 0].item() == pytest.approx(1000 / 1050)
+
+
+def test_of_a_grouped_convolution_each_group_has_its_moments() -> None:
+    layer = nn.Conv2d(6, 4, 3, padding=1, stride=2, groups=2, bias=False, dtype=torch.float64)
+    batch = tensor_of((3, 6, 7, 7), seed=1)
+    found = of_one_layer(layer, batch)
+    assert found.inputs.shape == (2, 27, 27) and found.magnitudes.shape == (2, 27)
+    assert found.gradients["identity"].shape == (2, 2, 2)
+    assert found.positions == 16
+    for group, channels in enumerate(batch.split(3, dim=1)):
+        plain = nn.Conv2d(3, 2, 3, padding=1, stride=2, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            plain.weight.copy_(layer.weight[2 * group : 2 * group + 2])
+        alone = of_one_layer(plain, channels)
+        assert same(found.inputs[group], alone.inputs)
+        assert same(found.magnitudes[group], alone.magnitudes)
+
+
+def test_of_a_large_grouped_convolution_the_channels_moments_are_kept(monkeypatch) -> None:
+    monkeypatch.setattr(statistics, "PATCH_LIMIT", 8)
+    batch = tensor_of((3, 6, 5, 5), seed=1)
+    found = of_one_layer(nn.Conv2d(6, 4, 3, groups=2, dtype=torch.float64), batch).inputs
+    rows = batch.movedim(1, -1).reshape(-1, 2, 3).movedim(1, 0)
+    assert same(found, rows.mT @ rows / rows.shape[1])
+
+
+@pytest.mark.parametrize("has_batch", [True, False])
+def test_of_a_transposed_convolution_the_channels_moments_are_kept(has_batch) -> None:
+    """Of the inputs, and of the gradients at the outputs; the weight works once per input."""
+    layer = nn.ConvTranspose2d(3, 4, 2, stride=2, bias=False, dtype=torch.float64)
+    batch = tensor_of((1, 3, 4, 5), seed=1)
+    found = of_one_layer(layer, batch if has_batch else batch[0], seed=4)
+    rows = batch.movedim(1, -1).reshape(-1, 3)
+    assert same(found.inputs, rows.mT @ rows / 20)
+    assert same(found.magnitudes, rows.abs().mean(0))
+    assert found.gradients["identity"].shape == (4, 4)
+    # Its kernels do not overlap, so the squared error of the response is T tr(Δ A Δᵀ).
+    with torch.no_grad():
+        error = layer(batch).square().sum().item()
+    flat = layer.weight.detach().flatten(1)
+    assert 20 * (flat.mT @ found.inputs @ flat).trace().item() == pytest.approx(error, rel=1e-6)
+    if has_batch:
+        assert found.positions == 20
+        # Random signs of one size: the mean square of the gradients is theirs.
+        squares = found.gradients["identity"].diagonal()
+        assert same(squares, torch.full((4,), 1 / error, dtype=torch.float64))
+
+
+def test_of_a_grouped_transposed_convolution_each_group_has_its_moments() -> None:
+    layer = nn.ConvTranspose2d(6, 4, 3, groups=2, dtype=torch.float64)
+    batch = tensor_of((3, 6, 5, 5), seed=1)
+    found = of_one_layer(layer, batch)
+    rows = batch.movedim(1, -1).reshape(-1, 2, 3).movedim(1, 0)
+    assert same(found.inputs, rows.mT @ rows / rows.shape[1])
+    assert found.gradients["identity"].shape == (2, 2, 2)

@@ -28,8 +28,8 @@ from rankfold.analysis.timing import with_timings
 from rankfold.batches import Data, Forward, run
 from rankfold.cost import count_layer_macs, count_parameters
 from rankfold.errors import BudgetError, CalibrationError, ModelError, UnsupportedLayerError
-from rankfold.layers import Dense
-from rankfold.methods import METHODS, WEIGHT_METRIC, Family, Method, Moments, Rank
+from rankfold.layers import Dense, Transposed
+from rankfold.methods import METHODS, WEIGHT_METRIC, Family, Method, Moments, Rank, reduction
 from rankfold.progress import Progress, silent
 from rankfold.runtime import Runtime, check_runtime
 
@@ -94,7 +94,11 @@ def analyze(
     surveyed = survey(model, data, forward, batches if metric == "weight" else 1, progress)
     _check_names(patterns, [layer.name for layer in surveyed.layers])
     looked = [_look(layer, chosen, patterns) for layer in progress(surveyed.layers, "decomposing")]
-    able = {one.layer.name: cast(Dense, one.module) for one in looked if one.layer.methods}
+    able = {
+        one.layer.name: cast("Dense | Transposed", one.module)
+        for one in looked
+        if one.layer.methods
+    }
     calibration = None
     if metric != "weight" and able:
         calibration = calibrate(
@@ -159,7 +163,7 @@ def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence
     reason = surveyed.reason
     if not any(fnmatchcase(name, pattern) for pattern in patterns):
         reason = "not among the layers asked for"
-    against = {method.name: method.why_not(module) for method in methods}
+    against = {method.name: reduction.why_not(method, module) for method in methods}
     able = {method.name: method for method in methods if against[method.name] is None}
     if reason is None and not able:
         reason = "; ".join(dict.fromkeys(why for why in against.values() if why))
@@ -195,7 +199,7 @@ def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence
 
 def _fit(method: Method, layer: SurveyedLayer | _Looked, moments: Moments) -> Family:
     try:
-        return method.fit(layer.module, moments)
+        return reduction.fit(method, layer.module, moments)
     except ValueError as error:
         name = layer.name if isinstance(layer, SurveyedLayer) else layer.layer.name
         raise ModelError(f"layer '{name}': {error}") from error

@@ -15,6 +15,7 @@ from rankfold.methods import (
     Moments,
     Rank,
     Spectrum,
+    reduction,
 )
 
 Counts = tuple[int, int]  # parameters, MACs over all calls
@@ -67,7 +68,7 @@ def below_break_even(
     """
 
     def count(rank: Rank) -> Counts:
-        skeleton = method.skeleton(layer, rank)
+        skeleton = reduction.skeleton(method, layer, rank)
         return count_parameters(skeleton), count_layer_macs(skeleton, input_shapes)
 
     return {

@@ -24,7 +24,7 @@ from torch import nn
 from rankfold.analysis.timing_cache import TimingCache
 from rankfold.batches import Forward, device_of, run, running
 from rankfold.measure import latencies, with_memory_format
-from rankfold.methods import Method, Rank
+from rankfold.methods import Method, Rank, reduction
 from rankfold.progress import Progress, silent
 from rankfold.runtime import Runtime, caller, prepare, version_of
 
@@ -138,7 +138,7 @@ class _Stopwatch:
             table = np.array(
                 [
                     self._milliseconds(
-                        method.skeleton(layer.module, rank), layer.input_shapes, dtype
+                        reduction.skeleton(method, layer.module, rank), layer.input_shapes, dtype
                     )
                     for rank in product(*grid)
                 ]
@@ -190,11 +190,13 @@ def coarse_grid(
 
 
 def _filled(layer: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a layer of any device with random weights, in eval mode."""
+    """A copy of a layer of any device with random weights and zero buffers, in eval mode."""
     filled = copy.deepcopy(layer).to("meta").to_empty(device=device).eval()
     with torch.no_grad():
         for parameter in filled.parameters():
             parameter.copy_(torch.rand(parameter.shape, device=device) - 0.5)
+        for buffer in filled.buffers():
+            buffer.zero_()  # indices, for one: those of channels must be of some that there are
     return filled
 
 

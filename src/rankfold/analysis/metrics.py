@@ -35,7 +35,7 @@ def typical_scale(metric: str, layers: Iterable[Statistics]) -> float | None:
     """The mean over layers of the loss per squared error of a response; None without gradients."""
     curvature = metric.partition(":")[2]
     found = [
-        one.positions / 2 * _gradients(one, curvature).diagonal().mean().item()
+        one.positions / 2 * _diagonal(_gradients(one, curvature)).mean().item()
         for one in layers
         if one.gradients
     ]
@@ -59,7 +59,7 @@ def moments_of(
     if name == "svd-llm":
         return Moments(inputs=_damped(statistics.inputs, _INPUT_DAMPING))
     if name == "asvd":
-        return Moments(inputs=torch.diag(statistics.magnitudes))
+        return Moments(inputs=torch.diag_embed(statistics.magnitudes))
     if not statistics.gradients:
         inputs = None if name in ("weight", "fwsvd") else statistics.inputs
         if inputs is None:
@@ -67,15 +67,15 @@ def moments_of(
         return Moments(_damped(inputs, _INPUT_DAMPING), None, typical)
     gradients = _gradients(statistics, curvature)
     if name == "fwsvd":
-        return Moments(gradients=torch.diag(_damped(gradients, 1e-6).diagonal()))
+        return Moments(gradients=torch.diag_embed(_diagonal(_damped(gradients, 1e-6))))
     inputs = _damped(statistics.inputs, _INPUT_DAMPING)
     half = statistics.positions / 2
-    mean_gradient = gradients.diagonal().mean().item()
+    mean_gradient = _diagonal(gradients).mean().item()
     if name == "fisher" and mean_gradient > 0:
         return Moments(inputs, _damped(gradients, damping), half)
     if name in ("response", "fisher"):  # without any gradient no error costs anything
         return Moments(inputs, None, half * mean_gradient)
-    return Moments(None, None, half * mean_gradient * inputs.diagonal().mean().item())
+    return Moments(None, None, half * mean_gradient * _diagonal(inputs).mean().item())
 
 
 def competing(curvatures: Sequence[str]) -> list[str]:
@@ -94,8 +94,13 @@ def _gradients(statistics: Statistics, curvature: str) -> torch.Tensor:
     return statistics.gradients[name]
 
 
+def _diagonal(moment: torch.Tensor) -> torch.Tensor:
+    """Of a moment, or of each in a stack of them, one for each group of a convolution."""
+    return moment.diagonal(dim1=-2, dim2=-1)
+
+
 def _damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
     """The moment plus a share of its mean eigenvalue; the identity for a moment of nothing."""
-    mean = moment.diagonal().mean()
-    identity = torch.eye(len(moment), dtype=moment.dtype)
+    mean = _diagonal(moment).mean()
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype).expand_as(moment)
     return identity if mean == 0 else moment + damping * mean * identity

@@ -17,7 +17,7 @@ from torch import nn
 from rankfold.analysis.curvature import Curvature
 from rankfold.batches import Forward, batch_size, run_or_explain, running
 from rankfold.errors import CalibrationError
-from rankfold.layers import CONVOLUTIONS, Convolution, Dense
+from rankfold.layers import TRANSPOSED, Convolution, Dense, Transposed
 
 # Up to this many entries of a patch its whole moment is kept; of larger ones, the channels'.
 PATCH_LIMIT = 2304
@@ -30,17 +30,21 @@ _ROWS = 4096  # of one float32 product
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the calibration data says of one layer; all tensors float64 on the CPU."""
+    """What the calibration data says of one layer; all tensors float64 on the CPU.
+
+    Those of a grouped convolution are stacked, one for the channels of each group.
+    """
 
     inputs: torch.Tensor  # A = E[x xᵀ], of patches (in * kernel,) squared, or channels (in, in)
     magnitudes: torch.Tensor  # E|x|, (in * kernel,) or (in,) likewise
     gradients: Mapping[str, torch.Tensor]  # by curvature: G = E[g gᵀ], (out, out)
-    positions: float  # outputs of the layer in one sample
+    positions: float  # at which the weight is applied in one sample: the outputs of the layer,
+    # or the inputs of a transposed convolution
 
 
 def gather(
     model: nn.Module,
-    layers: Mapping[str, Dense],
+    layers: Mapping[str, Dense | Transposed],
     batches: Iterable[Any],
     forward: Forward,
     curvatures: Sequence[Curvature],
@@ -85,7 +89,7 @@ def gather(
 class _Sums:
     """Running sums of one layer."""
 
-    layer: Dense
+    layer: Dense | Transposed
     inputs: torch.Tensor | None = None
     magnitudes: torch.Tensor | None = None
     positions: int = 0
@@ -129,12 +133,13 @@ class _Watcher:
         given = (inputs[0] if inputs else named["input"]).detach()
         with torch.inference_mode(False), torch.no_grad():
             self._check(given, f"layer '{name}' is given", "")
-            positions = output.numel() // total.layer.weight.shape[0]
-            rows = self._input_rows(total.layer, given)
+            multiplied = given if isinstance(total.layer, TRANSPOSED) else output
+            positions = multiplied.numel() // total.layer.weight.shape[0]
+            rows = _by_group(total.layer, self._input_rows(total.layer, given))
             # Of a call that is sampled, the rows stand for all its positions.
-            share = positions / len(rows) if len(rows) else 1.0
+            share = positions / rows.shape[-2] if rows.numel() else 1.0
             total.inputs = _add_gram(total.inputs, rows, share)
-            magnitude = share * rows.abs().double().sum(0)
+            magnitude = share * rows.abs().double().sum(-2)
             total.magnitudes = magnitude + (0 if total.magnitudes is None else total.magnitudes)
             total.positions += positions
         if not torch.is_grad_enabled() or output.is_inference():
@@ -148,11 +153,11 @@ class _Watcher:
         total = self.sums[name]
         every = gradient.detach()
         self._check(every, f"layer '{name}' gets", "gradients ")
-        if isinstance(total.layer, CONVOLUTIONS):
+        if not isinstance(total.layer, nn.Linear):
             every = _batched(total.layer, every).movedim(1, -1)
-        every = every.reshape(-1, total.layer.weight.shape[0])
-        rows = every[self._some(len(every), every.shape[1])]
-        share = len(every) / max(1, len(rows))
+        every = every.reshape(-1, every.shape[-1])
+        rows = _by_group(total.layer, every[self._some(len(every), every.shape[1])])
+        share = len(every) / max(1, rows.shape[-2])
         summed = _add_gram(total.gradients.get(self.curvature), rows, share)
         total.gradients[self.curvature] = summed
         counts = total.gradient_counts
@@ -162,12 +167,12 @@ class _Watcher:
         if not torch.isfinite(tensor).all():
             raise CalibrationError(f"{who} {what}NaN or infinity on batch {self.batch}")
 
-    def _input_rows(self, layer: Dense, given: torch.Tensor) -> torch.Tensor:
+    def _input_rows(self, layer: Dense | Transposed, given: torch.Tensor) -> torch.Tensor:
         """What the layer multiplies its weight with, one position a row."""
         if isinstance(layer, nn.Linear):
             rows = given.reshape(-1, given.shape[-1])
             return rows[self._some(len(rows), rows.shape[1])]
-        if layer.weight[0].numel() > PATCH_LIMIT:
+        if isinstance(layer, TRANSPOSED) or layer.weight[0].numel() > PATCH_LIMIT:
             rows = _batched(layer, given).movedim(1, -1).reshape(-1, layer.in_channels)
             return rows[self._some(len(rows), rows.shape[1])]
         patches = _patches(layer, given)
@@ -187,7 +192,15 @@ class _Watcher:
         return torch.randint(count, (most,), generator=self.generator)
 
 
-def _batched(layer: Convolution, tensor: torch.Tensor) -> torch.Tensor:
+def _by_group(layer: Dense | Transposed, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (positions, entries); of a grouped convolution (groups, positions, entries of each)."""
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    if groups == 1:
+        return rows
+    return rows.reshape(len(rows), groups, rows.shape[1] // groups).movedim(1, 0)
+
+
+def _batched(layer: Convolution | Transposed, tensor: torch.Tensor) -> torch.Tensor:
     """(samples, channels, ...), also of a single sample without its own dimension."""
     return tensor if tensor.dim() == layer.weight.dim() else tensor[None]
 
@@ -216,18 +229,18 @@ def _patches(layer: Convolution, given: torch.Tensor) -> torch.Tensor:
 
 
 def _add_gram(total: torch.Tensor | None, rows: torch.Tensor, share: float) -> torch.Tensor:
-    """The total, float64, plus `share` times rowsᵀ rows.
+    """The total, float64, plus `share` times rowsᵀ rows, (..., positions, entries).
 
     Scaled so that no square under- or overflows.
     """
-    size = rows.shape[1]
     if total is None:
-        total = torch.zeros(size, size, dtype=torch.float64, device=rows.device)
+        *stacked, _, size = rows.shape
+        total = torch.zeros(*stacked, size, size, dtype=torch.float64, device=rows.device)
     rows = rows if rows.dtype == torch.float64 else rows.float()
     greatest = rows.abs().max().item() if rows.numel() else 0.0
     if greatest == 0:
         return total
-    for part in (rows / greatest).split(_ROWS):
+    for part in (rows / greatest).split(_ROWS, dim=-2):
         total += share * greatest**2 * (part.mT @ part).double()
     return total
 

@@ -7,17 +7,32 @@ layer back. How the factors are found is the business of `rankfold.methods`.
 
 from rankfold.layers.chain import CONVOLUTIONS, Convolution
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
+from rankfold.layers.grouped import GroupedConvolution
+from rankfold.layers.selected import ChannelSelection, SelectedChannels
+from rankfold.layers.transposed import (
+    TRANSPOSED,
+    Transposed,
+    TransposedConvolution,
+    adjoint_weights,
+)
 from rankfold.layers.tucker import TuckerConvolution
 from rankfold.layers.two_factor import TwoFactorConvolution, TwoFactorLinear
 
 __all__ = [
     "CONVOLUTIONS",
+    "TRANSPOSED",
+    "ChannelSelection",
     "Convolution",
     "Dense",
     "Form",
+    "GroupedConvolution",
+    "SelectedChannels",
+    "Transposed",
+    "TransposedConvolution",
     "TuckerConvolution",
     "TwoFactorConvolution",
     "TwoFactorLinear",
+    "adjoint_weights",
     "assign_factors",
     "check_ranks",
 ]

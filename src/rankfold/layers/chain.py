@@ -60,23 +60,51 @@ def all_axes(layer: Convolution) -> tuple[int, ...]:
     return tuple(range(len(layer.kernel_size)))
 
 
-def dense_convolution(form: nn.Sequential, weight: torch.Tensor) -> Convolution:
-    """The convolution of this weight (out, in, *kernel) that a chain of links represents."""
-    links = [cast(Any, module) for module in form]
-    texts = [one.padding for one in links if isinstance(one.padding, str)]
-    modes = [one.padding_mode for one in links if one.padding_mode != "zeros"]
+def kernel_of(links: Sequence[tuple[torch.Tensor, int]], copies: int = 1) -> torch.Tensor:
+    """The weight (out, in / copies, *kernel) of `copies` chains of links, side by side as one.
+
+    Of each link, the first one first, its weight (out, in / groups, *kernel) and its groups.
+    """
+    found: torch.Tensor | None = None
+    for weight, groups in links:
+        within = groups // copies
+        blocks = weight.reshape(copies, within, -1, *weight.shape[1:])
+        apart = torch.eye(within, dtype=weight.dtype, device=weight.device)
+        one = torch.einsum("gaom...,ab->gaobm...", blocks, apart).flatten(3, 4).flatten(1, 2)
+        # Along an axis of the kernel, all links but its owner are 1 wide: a plain product.
+        found = one if found is None else torch.einsum("gom...,gmi...->goi...", one, found)
+    assert found is not None
+    return found.flatten(0, 1)
+
+
+def combined_geometry(links: Sequence[Any]) -> dict[str, Any]:
+    """Stride, padding, dilation (and output padding) of the layer that a chain represents."""
 
     def combined(name: str, combine: Callable[[Any], int]) -> Any:
         along_axes = zip(*(getattr(one, name) for one in links), strict=True)
         return tuple(combine(values) for values in along_axes)
 
+    texts = [one.padding for one in links if isinstance(one.padding, str)]
+    geometry = {
+        "stride": combined("stride", math.prod),
+        "padding": texts[0] if texts else combined("padding", sum),
+        "dilation": combined("dilation", max),
+    }
+    if any(one.transposed for one in links):
+        geometry["output_padding"] = combined("output_padding", sum)
+    return geometry
+
+
+def dense_convolution(form: nn.Sequential, weight: torch.Tensor, groups: int = 1) -> Convolution:
+    """The convolution of this weight (out, in / groups, *kernel) that a chain represents."""
+    links = [cast(Any, module) for module in form]
+    modes = [one.padding_mode for one in links if one.padding_mode != "zeros"]
     dense = type(links[0])(
-        weight.shape[1],
+        weight.shape[1] * groups,
         weight.shape[0],
         tuple(weight.shape[2:]),
-        combined("stride", math.prod),
-        texts[0] if texts else combined("padding", sum),
-        combined("dilation", max),
+        **combined_geometry(links),
+        groups=groups,
         bias=links[-1].bias is not None,
         padding_mode=modes[0] if modes else "zeros",
         device="meta",

@@ -8,6 +8,7 @@ from torch import nn
 
 from rankfold.errors import RankError
 
+# What methods see; of grouped and transposed convolutions they see the plain ones within.
 Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -27,20 +28,21 @@ def check_ranks(ranks: Sequence[int], limits: Sequence[int], layer: nn.Module) -
         raise RankError(f"rank {tuple(ranks)} is outside ({bounds}) of {layer}")
 
 
-def assign_factors(form: nn.Sequential, weights: Sequence[torch.Tensor], layer: Dense) -> None:
+def assign_factors(form: nn.Sequential, weights: Sequence[torch.Tensor], layer: nn.Module) -> None:
     """Make `weights`, first factor first, and the bias of `layer` the parameters of `form`.
 
     Device, dtype, `requires_grad` and training mode become those of `layer`; a 1x1 kernel may be
     given as a matrix. The parameters are copies: `layer` and `form` share no memory.
     """
+    dense = cast(Any, layer)
     for factor, weight in zip(cast("Sequence[Any]", form), weights, strict=True):
-        weight = weight.detach().to(layer.weight.device, layer.weight.dtype, copy=True)
+        weight = weight.detach().to(dense.weight.device, dense.weight.dtype, copy=True)
         factor.weight = nn.Parameter(
-            weight.reshape(factor.weight.shape).contiguous(), layer.weight.requires_grad
+            weight.reshape(factor.weight.shape).contiguous(), dense.weight.requires_grad
         )
-    if layer.bias is not None:
+    if dense.bias is not None:
         cast("Any", form[-1]).bias = nn.Parameter(
-            layer.bias.detach().clone(), layer.bias.requires_grad
+            dense.bias.detach().clone(), dense.bias.requires_grad
         )
     form.train(layer.training)
 

@@ -25,7 +25,9 @@ class Moments:
     """Second moments that weigh the error of a weight (out, in, *kernel); None: the identity.
 
     `Moments()` is the plain weight metric. The inputs' moment is that of whole patches, or of the
-    channels alone, the same at every place of the kernel. All float64.
+    channels alone, the same at every place of the kernel. All float64. Those of a grouped
+    convolution are stacks, (groups, n, n), and of a transposed one the channels' (see
+    `rankfold.methods.reduction`, which makes them moments of plain convolutions).
     """
 
     inputs: torch.Tensor | None = None  # A: (in * kernel size,) squared, or (in, in)
