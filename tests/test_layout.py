@@ -14,7 +14,7 @@ FLOORS = [
     {"decompose"},
     {"layers"},
     {"methods"},
-    {"plan", "knapsack", "batches", "fingerprint", "cost", "replacement"},
+    {"plan", "knapsack", "batches", "fingerprint", "cost", "replacement", "merging"},
     {"analysis", "measure"},
     {"recover", "record"},
     {"factorize"},

@@ -29,8 +29,8 @@ from rankfold.analysis.timing_cache import TimingCache
 from rankfold.batches import Data, Forward, device_of, first_batches, run
 from rankfold.cost import count_layer_macs, count_parameters
 from rankfold.errors import BudgetError, CalibrationError, ModelError, UnsupportedLayerError
-from rankfold.layers import Dense
-from rankfold.methods import METHODS, WEIGHT_METRIC, Family, Method, Moments, Rank
+from rankfold.layers import Dense, Recurrent
+from rankfold.methods import METHODS, WEIGHT_METRIC, Family, Method, Moments, Rank, other_kind
 from rankfold.progress import Progress, silent
 
 # Budgets of MACs at which the metrics compete.
@@ -92,7 +92,9 @@ def analyze(
     surveyed = survey(model, data, forward, batches if metric == "weight" else 1, progress)
     _check_names(patterns, [layer.name for layer in surveyed.layers])
     looked = [_look(layer, chosen, patterns) for layer in progress(surveyed.layers, "decomposing")]
-    able = {one.layer.name: cast(Dense, one.module) for one in looked if one.layer.methods}
+    able = {
+        one.layer.name: cast(Dense | Recurrent, one.module) for one in looked if one.layer.methods
+    }
     calibration = None
     if metric != "weight" and able:
         calibration = calibrate(
@@ -162,7 +164,9 @@ def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence
     against = {method.name: method.why_not(module) for method in methods}
     able = {method.name: method for method in methods if against[method.name] is None}
     if reason is None and not able:
-        reason = "; ".join(dict.fromkeys(why for why in against.values() if why))
+        # What the methods for its kind of layer say says more than that others are for others.
+        said = [why for why in against.values() if why and why != other_kind(module)]
+        reason = "; ".join(dict.fromkeys(said)) or other_kind(module)
     if reason is not None and name in patterns:
         raise UnsupportedLayerError(f"layer '{name}' cannot be factorized: {reason}")
     parameters = count_parameters(module)
@@ -185,9 +189,10 @@ def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence
         (),
         {key: grid_of(family) for key, family in plain.items()},
         element_size=size,
+        reader=surveyed.reader,
     )
     costs = {
-        key: below_break_even(module, able[key], family.ranks(), shapes, dense)
+        key: below_break_even(module, able[key], family.ranks(), shapes, dense, surveyed.reader)
         for key, family in plain.items()
     }
     return _Looked(layer, module, shapes, plain, costs)
@@ -216,6 +221,7 @@ def _time(
             one.input_shapes,
             one.layer.methods,
             {key: list(ranks) for key, ranks in one.costs.items()},
+            one.layer.reader,
         )
         for one in looked
         if any(one.costs.values())

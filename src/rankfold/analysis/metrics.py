@@ -35,7 +35,7 @@ def typical_scale(metric: str, layers: Iterable[Statistics]) -> float | None:
     """The mean over layers of the loss per squared error of a response; None without gradients."""
     curvature = metric.partition(":")[2]
     found = [
-        one.positions / 2 * _gradients(one, curvature).diagonal().mean().item()
+        one.positions / 2 * _mean_square(_gradients(one, curvature))
         for one in layers
         if one.gradients
     ]
@@ -59,7 +59,7 @@ def moments_of(
     if name == "svd-llm":
         return Moments(inputs=_damped(statistics.inputs, _INPUT_DAMPING))
     if name == "asvd":
-        return Moments(inputs=torch.diag(statistics.magnitudes))
+        return Moments(inputs=torch.diag_embed(statistics.magnitudes))
     if not statistics.gradients:
         inputs = None if name in ("weight", "fwsvd") else statistics.inputs
         if inputs is None:
@@ -67,15 +67,16 @@ def moments_of(
         return Moments(_damped(inputs, _INPUT_DAMPING), None, typical)
     gradients = _gradients(statistics, curvature)
     if name == "fwsvd":
-        return Moments(gradients=torch.diag(_damped(gradients, 1e-6).diagonal()))
+        squares = _damped(gradients, 1e-6).diagonal(dim1=-2, dim2=-1)
+        return Moments(gradients=torch.diag_embed(squares))
     inputs = _damped(statistics.inputs, _INPUT_DAMPING)
     half = statistics.positions / 2
-    mean_gradient = gradients.diagonal().mean().item()
+    mean_gradient = _mean_square(gradients)
     if name == "fisher" and mean_gradient > 0:
         return Moments(inputs, _damped(gradients, damping), half)
     if name in ("response", "fisher"):  # without any gradient no error costs anything
         return Moments(inputs, None, half * mean_gradient)
-    return Moments(None, None, half * mean_gradient * inputs.diagonal().mean().item())
+    return Moments(None, None, half * mean_gradient * _mean_square(inputs))
 
 
 def competing(curvatures: Sequence[str]) -> list[str]:
@@ -94,8 +95,16 @@ def _gradients(statistics: Statistics, curvature: str) -> torch.Tensor:
     return statistics.gradients[name]
 
 
+def _mean_square(moment: torch.Tensor) -> float:
+    """The mean eigenvalue, over all blocks of a moment that has some."""
+    return moment.diagonal(dim1=-2, dim2=-1).mean().item()
+
+
 def _damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """The moment plus a share of its mean eigenvalue; the identity for a moment of nothing."""
-    mean = moment.diagonal().mean()
-    identity = torch.eye(len(moment), dtype=moment.dtype)
+    """The moment plus a share of its mean eigenvalue; the identity for a moment of nothing.
+
+    A block of nothing beside others gets its share of their mean.
+    """
+    mean = _mean_square(moment)
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype).expand_as(moment)
     return identity if mean == 0 else moment + damping * mean * identity

@@ -178,4 +178,5 @@ def layer_plan(
         settings=asdict(layer.methods[choice.method]),
         rank=choice.rank,
         loss=choice.loss,
+        reader=layer.reader,
     )

@@ -2,22 +2,35 @@
 
 Each is an `nn.Sequential` of convolutions or linear layers with nothing between them, has the
 geometry (stride, padding, dilation, bias, dtype) of one dense layer, and `to_dense()` gives that
-layer back. How the factors are found is the business of `rankfold.methods`.
+layer back; a recurrent layer is a smaller one and a readout, and no other layer does the same. How
+the factors are found is the business of `rankfold.methods`.
 """
 
 from rankfold.layers.chain import CONVOLUTIONS, Convolution
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
+from rankfold.layers.recurrent import (
+    RECURRENT,
+    FewerUnits,
+    Recurrent,
+    block_names,
+    directions_of,
+)
 from rankfold.layers.tucker import TuckerConvolution
 from rankfold.layers.two_factor import TwoFactorConvolution, TwoFactorLinear
 
 __all__ = [
     "CONVOLUTIONS",
+    "RECURRENT",
     "Convolution",
     "Dense",
+    "FewerUnits",
     "Form",
+    "Recurrent",
     "TuckerConvolution",
     "TwoFactorConvolution",
     "TwoFactorLinear",
     "assign_factors",
+    "block_names",
     "check_ranks",
+    "directions_of",
 ]

@@ -25,7 +25,8 @@ class Moments:
     """Second moments that weigh the error of a weight (out, in, *kernel); None: the identity.
 
     `Moments()` is the plain weight metric. The inputs' moment is that of whole patches, or of the
-    channels alone, the same at every place of the kernel. All float64.
+    channels alone, the same at every place of the kernel. Of a recurrent layer both are those of
+    the states, (layers * directions, hidden, hidden). All float64.
     """
 
     inputs: torch.Tensor | None = None  # A: (in * kernel size,) squared, or (in, in)
