@@ -16,9 +16,9 @@ def merge_readouts(model: nn.Module, readers: Mapping[str, str]) -> nn.Module:
 
     `readers` has, by the name of a form with a readout, the name of the linear layer, dense or
     factorized, that alone reads its outputs (`rankfold.analysis.readers`). What is left of the form
-    is the smaller recurrent layer of torch's own. Depends on shapes alone, never on weights; where
-    the reader does not begin with an `nn.Linear` the readout stays. Changes `model`. Raises
-    PlanError for a name that is none of a layer.
+    is the smaller recurrent layer of torch's own. Where the reader does not begin with a linear
+    layer of that width the readout stays: it depends on shapes alone, never on weights. Changes
+    `model`. Raises PlanError for a name that is none of a layer.
     """
     modules = dict(model.named_modules())
     merged: dict[nn.Module, nn.Module] = {}
@@ -28,7 +28,9 @@ def merge_readouts(model: nn.Module, readers: Mapping[str, str]) -> nn.Module:
         form, first = modules[name], modules[reader]
         if isinstance(first, nn.Sequential):
             first = first[0]
-        if isinstance(form, FewerUnits) and type(first) is nn.Linear:
+        if not isinstance(form, FewerUnits) or type(first) is not nn.Linear:
+            continue
+        if form.readout.out_features == first.in_features:
             merged[form] = _without_readout(form)
             merged[first] = merge_linears(form.readout, first)
     return put_in_place(model, merged)

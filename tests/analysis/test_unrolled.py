@@ -42,7 +42,7 @@ def test_gradients_at_a_state_come_through_the_output_and_the_next_steps(kind) -
     weights = tensor_of((6, 2, layer.hidden_size), seed=5)
     output, _ = run_unrolled(layer, given, None, watch)
     (output * weights).sum().backward()
-    head, states = layer(given[:3])
+    _, states = layer(given[:3])
     cut = [s.detach().requires_grad_() for s in (states if kind is nn.LSTM else (states,))]
     tail, _ = layer(given[3:], tuple(cut) if kind is nn.LSTM else cut[0])
     (tail * weights[3:]).sum().backward()

@@ -113,7 +113,7 @@ class RemovedUnits:
     def build(self, rank: Rank) -> FewerUnits:
         check_ranks(rank, (self.layer.hidden_size,), self.layer)
         form = FewerUnits(self.layer, rank[0], device="meta")
-        kept = self.order[:, : rank[0]].sort().values
+        kept = self.order[:, : rank[0]].clone(memory_format=torch.contiguous_format).sort().values
         readouts = [_readout(*block) for block in zip(self.states, kept, strict=True)]
         _assign(form, self.layer, kept, readouts)
         return form
