@@ -57,7 +57,9 @@ def tones(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_data() -> list[torch.Tensor]:
-    return list(tones(640, seed=0)[0].split(16))
+    """Eight frames, as are timed, then 32 at a time."""
+    frames = tones(648, seed=0)[0]
+    return [frames[:8], *frames[8:].split(32)]
 
 
 def make_test() -> list[tuple[torch.Tensor, torch.Tensor]]:

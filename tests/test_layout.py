@@ -14,7 +14,7 @@ FLOORS = [
     {"decompose"},
     {"layers"},
     {"methods"},
-    {"plan", "knapsack", "batches", "fingerprint", "cost", "replacement", "runtime"},
+    {"plan", "knapsack", "batches", "fingerprint", "cost", "replacement", "merging", "runtime"},
     {"analysis", "measure"},
     {"recover", "record"},
     {"factorize"},

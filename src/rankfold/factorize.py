@@ -8,6 +8,7 @@ from torch import nn
 from rankfold.analysis import Analysis
 from rankfold.errors import ModelError, PlanError, RankError
 from rankfold.fingerprint import weights_sha256
+from rankfold.merging import merge_readouts
 from rankfold.methods import WEIGHT_METRIC, reduction
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
@@ -60,7 +61,8 @@ def replace_layers(
 ) -> nn.Module:
     """Put `make(entry, layer)` in the place of every layer that the plan factorizes, in `model`.
 
-    A module that several parents share is replaced for all of them. Raises PlanError, naming the
+    A module that several parents share is replaced for all of them. Readouts are then merged into
+    the layers that read them. Raises PlanError, naming the
     layer, if there is no such layer or it is not the one that was planned.
     """
     modules = dict(model.named_modules())
@@ -76,4 +78,5 @@ def replace_layers(
         except Exception as error:
             error.add_note(f"while factorizing layer '{entry.name}'")
             raise
-    return put_in_place(model, made)
+    readers = {entry.name: entry.reader for entry in plan.factorized if entry.reader is not None}
+    return merge_readouts(put_in_place(model, made), readers)

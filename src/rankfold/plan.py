@@ -38,6 +38,7 @@ class LayerPlan:
     rank: Rank | None = None
     loss: float = 0.0
     reason: str | None = None
+    reader: str | None = None  # the linear layer that takes in a readout, if the form has one
 
     def make_method(self) -> Method:
         """The method with its settings; raises PlanError if there is no such method or setting."""
@@ -157,6 +158,7 @@ def _layer_from_json(document: Any, where: str) -> LayerPlan:
         rank=None if rank is None else tuple(rank),
         loss=float(loss),
         reason=_take(document, "reason", text, where),
+        reader=_take({"reader": None, **document}, "reader", text, where),
     )
     if method is not None:
         layer.make_method()

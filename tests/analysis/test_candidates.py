@@ -1,3 +1,7 @@
+from itertools import product
+
+import pytest
+
 from rankfold.analysis.candidates import costs_of_ranks
 
 
@@ -14,9 +18,31 @@ def test_multilinear_costs_are_known_from_the_corners() -> None:
     assert costs == [count(rank) for rank in ranks]
 
 
-def test_costs_that_are_not_multilinear_are_all_counted() -> None:
-    ranks = [(rank,) for rank in range(1, 30)]
-    assert costs_of_ranks(lambda r: (r[0] ** 2, r[0]), ranks) == [(r * r, r) for (r,) in ranks]
+def test_quadratic_costs_of_a_single_rank_are_known_from_three() -> None:
+    ranks = [(rank,) for rank in range(8, 257, 8)]
+    counted = []
+
+    def count(rank):
+        counted.append(rank)
+        return 5 * rank[0] ** 2 + 3 * rank[0] + 7, 11 * rank[0] ** 2
+
+    costs = costs_of_ranks(count, ranks)
+    assert len(counted) <= 5
+    assert costs == [count(rank) for rank in ranks]
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda rank: (rank[0] ** 3, rank[0]),
+        lambda rank: (rank[0], rank[0] ** 4),
+        lambda rank: (rank[0] * rank[-1] ** 2, 1),
+    ],
+)
+@pytest.mark.parametrize("entries", [1, 2])
+def test_costs_of_another_kind_are_all_counted(count, entries) -> None:
+    ranks = list(product(range(1, 30), repeat=entries))
+    assert costs_of_ranks(count, ranks) == [count(rank) for rank in ranks]
 
 
 def test_a_single_rank() -> None:

@@ -28,8 +28,17 @@ from rankfold.analysis.timing import with_timings
 from rankfold.batches import Data, Forward, run
 from rankfold.cost import count_layer_macs, count_parameters
 from rankfold.errors import BudgetError, CalibrationError, ModelError, UnsupportedLayerError
-from rankfold.layers import Dense, Transposed
-from rankfold.methods import METHODS, WEIGHT_METRIC, Family, Method, Moments, Rank, reduction
+from rankfold.layers import Dense, Recurrent, Transposed
+from rankfold.methods import (
+    METHODS,
+    WEIGHT_METRIC,
+    Family,
+    Method,
+    Moments,
+    Rank,
+    other_kind,
+    reduction,
+)
 from rankfold.progress import Progress, silent
 from rankfold.runtime import Runtime, check_runtime
 
@@ -95,7 +104,7 @@ def analyze(
     _check_names(patterns, [layer.name for layer in surveyed.layers])
     looked = [_look(layer, chosen, patterns) for layer in progress(surveyed.layers, "decomposing")]
     able = {
-        one.layer.name: cast("Dense | Transposed", one.module)
+        one.layer.name: cast("Dense | Transposed | Recurrent", one.module)
         for one in looked
         if one.layer.methods
     }
@@ -166,7 +175,9 @@ def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence
     against = {method.name: reduction.why_not(method, module) for method in methods}
     able = {method.name: method for method in methods if against[method.name] is None}
     if reason is None and not able:
-        reason = "; ".join(dict.fromkeys(why for why in against.values() if why))
+        # What the methods for its kind of layer say says more than that others are for others.
+        said = [why for why in against.values() if why and why != other_kind(module)]
+        reason = "; ".join(dict.fromkeys(said)) or other_kind(module)
     if reason is not None and name in patterns:
         raise UnsupportedLayerError(f"layer '{name}' cannot be factorized: {reason}")
     parameters = count_parameters(module)
@@ -189,9 +200,10 @@ def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence
         (),
         {key: grid_of(family) for key, family in plain.items()},
         element_size=size,
+        reader=surveyed.reader,
     )
     costs = {
-        key: below_break_even(module, able[key], family.ranks(), shapes, dense)
+        key: below_break_even(module, able[key], family.ranks(), shapes, dense, surveyed.reader)
         for key, family in plain.items()
     }
     return _Looked(layer, module, plain, costs)

@@ -13,7 +13,7 @@ from rankfold.analysis.divergence import Judge
 from rankfold.analysis.statistics import Statistics, gather
 from rankfold.batches import Data, Forward, check_data, device_of, first_batches, tensors_of
 from rankfold.errors import CalibrationError
-from rankfold.layers import Dense, Transposed
+from rankfold.layers import Dense, Recurrent, Transposed
 from rankfold.progress import Progress
 
 
@@ -27,7 +27,7 @@ class Calibration:
 def calibrate(
     model: nn.Module,
     data: Data,
-    layers: Mapping[str, Dense | Transposed],
+    layers: Mapping[str, Dense | Transposed | Recurrent],
     *,
     forward: Forward,
     outputs: Outputs | None,

@@ -8,6 +8,7 @@ from torch import nn
 
 from rankfold.analysis.latency import LayerTiming
 from rankfold.cost import count_layer_macs, count_parameters
+from rankfold.merging import planned_form
 from rankfold.methods import (
     WEIGHT_METRIC,
     Family,
@@ -15,7 +16,6 @@ from rankfold.methods import (
     Moments,
     Rank,
     Spectrum,
-    reduction,
 )
 
 Counts = tuple[int, int]  # parameters, MACs over all calls
@@ -48,6 +48,7 @@ class AnalysedLayer:
     moments: Moments = WEIGHT_METRIC  # the metric that the candidates are fitted in
     element_size: int = 4  # bytes of one parameter
     timing: LayerTiming | None = None
+    reader: str | None = None  # the linear layer that will take in a readout of its outputs
 
 
 def grid_of(family: Family) -> tuple[tuple[int, ...], ...]:
@@ -61,14 +62,15 @@ def below_break_even(
     ranks: Sequence[Rank],
     input_shapes: Sequence[Sequence[int]],
     dense: Counts,
+    reader: str | None = None,
 ) -> dict[Rank, Counts]:
-    """The ranks of one method that pay, and what they cost.
+    """The ranks of one method that pay, and what they cost (without what a reader takes in).
 
     That is no more parameters and no more MACs than the dense layer, and fewer of one.
     """
 
     def count(rank: Rank) -> Counts:
-        skeleton = reduction.skeleton(method, layer, rank)
+        skeleton = planned_form(method, layer, rank, reader)
         return count_parameters(skeleton), count_layer_macs(skeleton, input_shapes)
 
     return {
@@ -82,24 +84,29 @@ def costs_of_ranks(count: Callable[[Rank], Counts], ranks: Sequence[Rank]) -> li
     """The cost of every rank, counting few of them.
 
     A chain of factors costs a sum of products of its ranks, each at most once per product, so the
-    cost is multilinear: counted at the corners of the grid it is known in between. Two counts
-    inside the grid check that it is; where it is not, every rank is counted.
+    cost is multilinear: counted at the corners of the grid it is known in between. Of a single rank
+    it may be quadratic (fewer units of a recurrent layer are fewer on both sides of a matrix):
+    counted at three. A count or two more check that it is so; if not, every rank is counted.
     """
-    bounds = [(min(entry), max(entry)) for entry in zip(*ranks, strict=True)]
-    corners = {corner: count(corner) for corner in product(*(sorted(set(b)) for b in bounds))}
+    nodes = [[min(entry), max(entry)] for entry in zip(*ranks, strict=True)]
+    middle = ranks[len(ranks) // 2]
+    if len(nodes) == 1:
+        nodes[0].append(middle[0])
+    nodes = [sorted(set(entry)) for entry in nodes]
+    known = {node: count(node) for node in product(*nodes)}
 
     def interpolate(rank: Rank) -> Counts:
         parameters = macs = 0.0
-        for corner, (corner_parameters, corner_macs) in corners.items():
+        for node, (node_parameters, node_macs) in known.items():
             weight = 1.0
-            for entry, at, (low, high) in zip(rank, corner, bounds, strict=True):
-                if low != high:
-                    weight *= (entry - low if at == high else high - entry) / (high - low)
-            parameters += weight * corner_parameters
-            macs += weight * corner_macs
+            for entry, at, others in zip(rank, node, nodes, strict=True):
+                for other in others:
+                    weight *= 1 if other == at else (entry - other) / (at - other)
+            parameters += weight * node_parameters
+            macs += weight * node_macs
         return round(parameters), round(macs)
 
-    probes = {ranks[len(ranks) // 2], ranks[len(ranks) // 3]} - corners.keys()
+    probes = {middle, ranks[len(ranks) // 3]} - known.keys()
     if all(count(probe) == interpolate(probe) for probe in probes):
         return [interpolate(rank) for rank in ranks]
     return [count(rank) for rank in ranks]

@@ -24,7 +24,8 @@ from torch import nn
 from rankfold.analysis.timing_cache import TimingCache
 from rankfold.batches import Forward, device_of, run, running
 from rankfold.measure import latencies, with_memory_format
-from rankfold.methods import Method, Rank, reduction
+from rankfold.merging import planned_form
+from rankfold.methods import Method, Rank
 from rankfold.progress import Progress, silent
 from rankfold.runtime import Runtime, caller, prepare, version_of
 
@@ -73,6 +74,7 @@ class LayerToTime:
     input_shapes: tuple[tuple[int, ...], ...]
     methods: Mapping[str, Method]
     ranks: Mapping[str, Sequence[Rank]]  # of the candidates, by method
+    reader: str | None = None  # the linear layer that will take in a readout of its outputs
 
 
 def time_network(
@@ -138,7 +140,9 @@ class _Stopwatch:
             table = np.array(
                 [
                     self._milliseconds(
-                        reduction.skeleton(method, layer.module, rank), layer.input_shapes, dtype
+                        planned_form(method, layer.module, rank, layer.reader),
+                        layer.input_shapes,
+                        dtype,
                     )
                     for rank in product(*grid)
                 ]

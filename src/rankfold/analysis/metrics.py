@@ -35,7 +35,7 @@ def typical_scale(metric: str, layers: Iterable[Statistics]) -> float | None:
     """The mean over layers of the loss per squared error of a response; None without gradients."""
     curvature = metric.partition(":")[2]
     found = [
-        one.positions / 2 * _diagonal(_gradients(one, curvature)).mean().item()
+        one.positions / 2 * _mean_square(_gradients(one, curvature))
         for one in layers
         if one.gradients
     ]
@@ -67,15 +67,16 @@ def moments_of(
         return Moments(_damped(inputs, _INPUT_DAMPING), None, typical)
     gradients = _gradients(statistics, curvature)
     if name == "fwsvd":
-        return Moments(gradients=torch.diag_embed(_diagonal(_damped(gradients, 1e-6))))
+        squares = _damped(gradients, 1e-6).diagonal(dim1=-2, dim2=-1)
+        return Moments(gradients=torch.diag_embed(squares))
     inputs = _damped(statistics.inputs, _INPUT_DAMPING)
     half = statistics.positions / 2
-    mean_gradient = _diagonal(gradients).mean().item()
+    mean_gradient = _mean_square(gradients)
     if name == "fisher" and mean_gradient > 0:
         return Moments(inputs, _damped(gradients, damping), half)
     if name in ("response", "fisher"):  # without any gradient no error costs anything
         return Moments(inputs, None, half * mean_gradient)
-    return Moments(None, None, half * mean_gradient * _diagonal(inputs).mean().item())
+    return Moments(None, None, half * mean_gradient * _mean_square(inputs))
 
 
 def competing(curvatures: Sequence[str]) -> list[str]:
@@ -94,13 +95,16 @@ def _gradients(statistics: Statistics, curvature: str) -> torch.Tensor:
     return statistics.gradients[name]
 
 
-def _diagonal(moment: torch.Tensor) -> torch.Tensor:
-    """Of a moment, or of each in a stack of them, one for each group of a convolution."""
-    return moment.diagonal(dim1=-2, dim2=-1)
+def _mean_square(moment: torch.Tensor) -> float:
+    """The mean eigenvalue, over all blocks of a moment that has some."""
+    return moment.diagonal(dim1=-2, dim2=-1).mean().item()
 
 
 def _damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """The moment plus a share of its mean eigenvalue; the identity for a moment of nothing."""
-    mean = _diagonal(moment).mean()
+    """The moment plus a share of its mean eigenvalue; the identity for a moment of nothing.
+
+    A block of nothing beside others gets its share of their mean.
+    """
+    mean = _mean_square(moment)
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype).expand_as(moment)
     return identity if mean == 0 else moment + damping * mean * identity

@@ -125,7 +125,7 @@ def choose_within_budget(
 def choose_by_rule(
     layers: Sequence[AnalysedLayer], rule: Rule, forced: Collection[str] = ()
 ) -> list[tuple[Choice, str | None]]:
-    """For each layer the first method that applies, at the ranks that `rule` reads off its spectra.
+    """For each layer the first method with spectra, at the ranks that `rule` reads off them.
 
     Ranks are rounded up to the next candidate's; of a layer `forced` by name beyond break-even, the
     candidate of least loss is taken. With each choice comes, for a layer that stays
@@ -136,15 +136,17 @@ def choose_by_rule(
         if layer.reason is not None:
             choices.append((None, layer.reason))
             continue
-        method = next(iter(layer.methods))
-        if not all(layer.grids[method]):
-            choices.append((None, "no rank is allowed"))
-            continue
-        rank = rank_by_rule(layer.spectra[method], layer.grids[method], rule)
-        found = [c for c in layer.candidates if c.method == method and c.rank == rank]
+        method = next((name for name in layer.methods if layer.spectra[name]), None)
+        beyond, found = "its methods have no spectrum to read a rank off", []
+        if method is not None:
+            if not all(layer.grids[method]):
+                choices.append((None, "no rank is allowed"))
+                continue
+            rank = rank_by_rule(layer.spectra[method], layer.grids[method], rule)
+            found = [c for c in layer.candidates if c.method == method and c.rank == rank]
+            beyond = f"rank {rank} of {method} is beyond break-even"
         if not found and layer.name in forced:
             found = sorted(layer.candidates, key=lambda candidate: candidate.loss)
-        beyond = f"rank {rank} of {method} is beyond break-even"
         choices.append((found[0], None) if found else (None, beyond))
     return choices
 
@@ -178,4 +180,5 @@ def layer_plan(
         settings=asdict(layer.methods[choice.method]),
         rank=choice.rank,
         loss=choice.loss,
+        reader=layer.reader,
     )

@@ -1,7 +1,9 @@
 """Second moments of the inputs of layers and of the gradients at their outputs.
 
 One streaming pass: every batch runs forward once and backward once for each probe of the outputs,
-and what is kept are the moments alone.
+and what is kept are the moments alone. Of recurrent layers both are those of the states, which are
+what their recurrent weights multiply; the gradients at a state come through all that reads it, the
+next step too.
 """
 
 import math
@@ -13,11 +15,22 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from rankfold.analysis.curvature import Curvature
+from rankfold.analysis.gram import add_gram
+from rankfold.analysis.unrolled import run_unrolled
 from rankfold.batches import Forward, batch_size, run_or_explain, running
 from rankfold.errors import CalibrationError
-from rankfold.layers import TRANSPOSED, Convolution, Dense, Transposed
+from rankfold.layers import (
+    RECURRENT,
+    TRANSPOSED,
+    Convolution,
+    Dense,
+    Recurrent,
+    Transposed,
+    block_names,
+)
 
 # Up to this many entries of a patch its whole moment is kept; of larger ones, the channels'.
 PATCH_LIMIT = 2304
@@ -25,14 +38,15 @@ PATCH_LIMIT = 2304
 # times the entries of a patch.
 _POSITIONS = 1024
 _TIMES_ENTRIES = 10
-_ROWS = 4096  # of one float32 product
 
 
 @dataclass(frozen=True)
 class Statistics:
     """What the calibration data says of one layer; all tensors float64 on the CPU.
 
-    Those of a grouped convolution are stacked, one for the channels of each group.
+    Those of a grouped convolution are stacked, one for the channels of each group. Of a recurrent
+    layer `inputs` and `gradients` are (layers * directions, hidden, hidden) and `magnitudes`
+    (layers * directions, hidden): of the states, in the order of h_n.
     """
 
     inputs: torch.Tensor  # A = E[x xᵀ], of patches (in * kernel,) squared, or channels (in, in)
@@ -44,7 +58,7 @@ class Statistics:
 
 def gather(
     model: nn.Module,
-    layers: Mapping[str, Dense | Transposed],
+    layers: Mapping[str, Dense | Transposed | Recurrent],
     batches: Iterable[Any],
     forward: Forward,
     curvatures: Sequence[Curvature],
@@ -61,8 +75,9 @@ def gather(
     CalibrationError, naming layer and batch, for activations or gradients that are not finite,
     ModelError for a model that does not run.
     """
-    sums = {name: _Sums(layer) for name, layer in layers.items()}
-    watcher = _Watcher(sums, expected, torch.Generator().manual_seed(seed))
+    sums = {name: [_Sums() for _ in _blocks(layer)] for name, layer in layers.items()}
+    draws = {curvature.name: probes for curvature in curvatures}
+    watcher = _Watcher(sums, draws, expected, torch.Generator().manual_seed(seed))
     probing = torch.Generator().manual_seed(seed)
     samples = 0
     hooks = [
@@ -82,19 +97,59 @@ def gather(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: total.mean(samples) for name, total in sums.items() if total.positions > 0}
+    return {
+        name: _stacked([block.mean(samples) for block in blocks], layers[name])
+        for name, blocks in sums.items()
+        if blocks[0].positions > 0
+    }
+
+
+def _blocks(layer: nn.Module) -> Sequence[str]:
+    """What there is one moment of each: a layer, or each layer and direction of a recurrent one."""
+    return block_names(layer) if isinstance(layer, RECURRENT) else ("",)
+
+
+def _stacked(blocks: Sequence[Statistics], layer: nn.Module) -> Statistics:
+    if not isinstance(layer, nn.RNNBase):
+        return blocks[0]
+    curvatures = list(dict.fromkeys(name for block in blocks for name in block.gradients))
+    nothing = torch.zeros_like(blocks[0].inputs)  # of a block whose states nothing reads
+    return Statistics(
+        torch.stack([block.inputs for block in blocks]),
+        torch.stack([block.magnitudes for block in blocks]),
+        {
+            name: torch.stack([block.gradients.get(name, nothing) for block in blocks])
+            for name in curvatures
+        },
+        blocks[0].positions,
+    )
 
 
 @dataclass
 class _Sums:
-    """Running sums of one layer."""
+    """Running sums of one layer, or of one direction of one layer of a recurrent one."""
 
-    layer: Dense | Transposed
     inputs: torch.Tensor | None = None
     magnitudes: torch.Tensor | None = None
     positions: int = 0
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
     gradient_counts: dict[str, int] = field(default_factory=dict)
+
+    def add_inputs(self, rows: torch.Tensor, positions: int) -> None:
+        """Of a call that is sampled, the rows stand for all its positions."""
+        share = positions / rows.shape[-2] if rows.numel() else 1.0
+        self.inputs = add_gram(self.inputs, rows, share)
+        magnitude = share * rows.abs().double().sum(-2)
+        self.magnitudes = magnitude + (0 if self.magnitudes is None else self.magnitudes)
+        self.positions += positions
+
+    def add_gradients(self, curvature: str, rows: torch.Tensor, positions: int) -> None:
+        """Likewise; `count_gradients` says over how many it will be the mean."""
+        share = positions / max(1, rows.shape[-2])
+        self.gradients[curvature] = add_gram(self.gradients.get(curvature), rows, share)
+
+    def count_gradients(self, curvature: str, positions: int) -> None:
+        self.gradient_counts[curvature] = self.gradient_counts.get(curvature, 0) + positions
 
     def mean(self, samples: int) -> Statistics:
         assert self.inputs is not None and self.magnitudes is not None
@@ -113,9 +168,14 @@ class _Watcher:
     """The hooks."""
 
     def __init__(
-        self, sums: Mapping[str, _Sums], expected: int, generator: torch.Generator
+        self,
+        sums: Mapping[str, Sequence[_Sums]],
+        draws: Mapping[str, int],
+        expected: int,
+        generator: torch.Generator,
     ) -> None:
         self.sums = sums
+        self.draws = draws  # by curvature, how often the outputs run backward
         self.expected = expected
         self.generator = generator
         self.batch = 0
@@ -124,44 +184,60 @@ class _Watcher:
     def forward(
         self,
         name: str,
-        module: nn.Module,
+        module: Any,
         inputs: tuple[Any, ...],
         named: Mapping[str, Any],
         output: Any,
     ) -> Any:
-        total = self.sums[name]
-        given = (inputs[0] if inputs else named["input"]).detach()
+        if isinstance(module, nn.RNNBase):
+            given = dict(zip(("input", "hx"), inputs, strict=False), **named)
+            return self._recurrent(name, module, given["input"], given.get("hx"), output)
+        (total,) = self.sums[name]
+        rows = (inputs[0] if inputs else named["input"]).detach()
         with torch.inference_mode(False), torch.no_grad():
-            self._check(given, f"layer '{name}' is given", "")
-            multiplied = given if isinstance(total.layer, TRANSPOSED) else output
-            positions = multiplied.numel() // total.layer.weight.shape[0]
-            rows = _by_group(total.layer, self._input_rows(total.layer, given))
-            # Of a call that is sampled, the rows stand for all its positions.
-            share = positions / rows.shape[-2] if rows.numel() else 1.0
-            total.inputs = _add_gram(total.inputs, rows, share)
-            magnitude = share * rows.abs().double().sum(-2)
-            total.magnitudes = magnitude + (0 if total.magnitudes is None else total.magnitudes)
-            total.positions += positions
+            self._check(rows, f"layer '{name}' is given", "")
+            multiplied = rows if isinstance(module, TRANSPOSED) else output
+            positions = multiplied.numel() // module.weight.shape[0]
+            total.add_inputs(_by_group(module, self._input_rows(module, rows)), positions)
         if not torch.is_grad_enabled() or output.is_inference():
             return output
-        # A copy, because what follows may work in place.
-        output = (output if output.requires_grad else output.requires_grad_()).clone()
-        output.register_hook(partial(self._backward, name))
-        return output
+        return _watched(output, partial(self._backward, name, module))
 
-    def _backward(self, name: str, gradient: torch.Tensor) -> None:
-        total = self.sums[name]
+    def _backward(self, name: str, module: Any, gradient: torch.Tensor) -> None:
+        (total,) = self.sums[name]
         every = gradient.detach()
         self._check(every, f"layer '{name}' gets", "gradients ")
-        if not isinstance(total.layer, nn.Linear):
-            every = _batched(total.layer, every).movedim(1, -1)
+        if not isinstance(module, nn.Linear):
+            every = _batched(module, every).movedim(1, -1)
         every = every.reshape(-1, every.shape[-1])
-        rows = _by_group(total.layer, every[self._some(len(every), every.shape[1])])
-        share = len(every) / max(1, rows.shape[-2])
-        summed = _add_gram(total.gradients.get(self.curvature), rows, share)
-        total.gradients[self.curvature] = summed
-        counts = total.gradient_counts
-        counts[self.curvature] = counts.get(self.curvature, 0) + len(every)
+        rows = every[self._some(len(every), every.shape[1])]
+        total.add_gradients(self.curvature, _by_group(module, rows), len(every))
+        total.count_gradients(self.curvature, len(every))
+
+    def _recurrent(self, name: str, module: Any, given: Any, hx: Any, output: Any) -> Any:
+        data = given.data if isinstance(given, PackedSequence) else given
+        self._check(data.detach(), f"layer '{name}' is given", "")
+        traced = torch.is_grad_enabled() and not data.is_inference()
+
+        def seen(block: int, states: torch.Tensor) -> torch.Tensor:
+            total = self.sums[name][block]
+            with torch.no_grad():
+                total.add_inputs(states.detach(), len(states))
+            if not traced:
+                return states
+            # Steps that no output of the network goes back to have gradients too: of zero.
+            for curvature, times in self.draws.items():
+                total.count_gradients(curvature, times * len(states))
+            return _watched(states, partial(self._state_backward, name, block))
+
+        with torch.inference_mode(False), torch.set_grad_enabled(traced):
+            found = run_unrolled(module, given, hx, seen)
+        return found if traced else output
+
+    def _state_backward(self, name: str, block: int, gradient: torch.Tensor) -> None:
+        rows = gradient.detach()
+        self._check(rows, f"layer '{name}' gets", "gradients ")
+        self.sums[name][block].add_gradients(self.curvature, rows, len(rows))
 
     def _check(self, tensor: torch.Tensor, who: str, what: str) -> None:
         if not torch.isfinite(tensor).all():
@@ -228,21 +304,11 @@ def _patches(layer: Convolution, given: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _add_gram(total: torch.Tensor | None, rows: torch.Tensor, share: float) -> torch.Tensor:
-    """The total, float64, plus `share` times rowsᵀ rows, (..., positions, entries).
-
-    Scaled so that no square under- or overflows.
-    """
-    if total is None:
-        *stacked, _, size = rows.shape
-        total = torch.zeros(*stacked, size, size, dtype=torch.float64, device=rows.device)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    greatest = rows.abs().max().item() if rows.numel() else 0.0
-    if greatest == 0:
-        return total
-    for part in (rows / greatest).split(_ROWS, dim=-2):
-        total += share * greatest**2 * (part.mT @ part).double()
-    return total
+def _watched(output: torch.Tensor, seen: Any) -> torch.Tensor:
+    """With the gradient shown to `seen`: a copy, because what follows may work in place."""
+    output = (output if output.requires_grad else output.requires_grad_()).clone()
+    output.register_hook(seen)
+    return output
 
 
 @contextmanager

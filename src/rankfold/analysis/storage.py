@@ -118,6 +118,7 @@ def _to_json(index: int, layer: AnalysedLayer, tensors: dict[str, torch.Tensor])
         "parameters": layer.parameters,
         "macs": layer.macs,
         "reason": layer.reason,
+        "reader": layer.reader,
         "element_size": layer.element_size,
         "scale": layer.moments.scale,
         "methods": {
@@ -184,6 +185,7 @@ def _from_json(
         ),
         _count(entry, "element_size"),
         timing,
+        entry.get("reader"),
     )
 
 

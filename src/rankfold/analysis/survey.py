@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
+from rankfold.analysis.readers import Readers
 from rankfold.batches import (
     Data,
     Forward,
@@ -36,6 +38,7 @@ class SurveyedLayer:
     module: nn.Module
     input_shapes: tuple[tuple[int, ...], ...]  # one per call
     reason: str | None  # why it must be left alone whatever the method, or None
+    reader: str | None = None  # of a recurrent layer: what alone reads its outputs, if linear
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,11 @@ def survey(
     current = 0
 
     def watch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if current == 0 and inputs and isinstance(inputs[0], torch.Tensor):
-            shapes.setdefault(module, []).append(tuple(inputs[0].shape))
+        # A packed batch costs what one sequence of all its steps does.
+        given = inputs[0] if inputs else None
+        given = given.data if isinstance(given, PackedSequence) else given
+        if current == 0 and isinstance(given, torch.Tensor):
+            shapes.setdefault(module, []).append(tuple(given.shape))
         if not all(torch.isfinite(tensor).all() for tensor in tensors_of(output)):
             raise CalibrationError(
                 f"layer '{names[module]}' ({type(module).__name__}) gives NaN or infinity on "
@@ -78,7 +84,13 @@ def survey(
     hooks = [module.register_forward_hook(watch) for module in {*leaves, *owners}]
     hooks += [module.register_forward_pre_hook(reads.enter) for module in owners]
     hooks += [module.register_forward_hook(reads.leave) for module in owners]
+    readers = Readers(model)
+    hooks += readers.hooks
     size, macs = 1, 0
+
+    def run(batch: Any) -> None:
+        readers.returned(run_or_explain(forward, model, batch, 0))
+
     try:
         with torch.no_grad(), running(model):
             found = first_batches(data, batches, device_of(model))
@@ -90,22 +102,22 @@ def survey(
                     size = batch_size(batch)
                     if size == 0:
                         raise CalibrationError("the first batch of the data holds no sample")
-                    with reads:
-                        macs = count_macs(partial(run_or_explain, forward, model, batch, 0))
+                    with reads, readers:
+                        macs = count_macs(partial(run, batch))
                 else:
                     run_or_explain(forward, model, batch, index)
     finally:
         for hook in hooks:
             hook.remove()
     shared = _shared_weights(owners, names)
-    readers = {
+    direct = {
         child: type(m).__name__
         for m in model.modules()
         if isinstance(m, _READERS)
         for child in m.modules()
         if child is not m
     }
-    layers = []
+    reasons: dict[nn.Module, str | None] = {}
     for module in owners:
         reason = unhooked[module]
         if parametrize.is_parametrized(module):
@@ -114,13 +126,20 @@ def survey(
             reason = f"its weight is {kind}"
         elif module in shared:
             reason = f"its weight is also that of '{shared[module]}'"
-        elif module in readers:
-            reason = f"{readers[module]} reads its weight directly"
+        elif module in direct:
+            reason = f"{direct[module]} reads its weight directly"
         elif module not in shapes:
             reason = "the forward pass never calls it"
         elif module in reads.found:
             reason = "the model reads its weight directly"
-        layers.append(SurveyedLayer(names[module], module, tuple(shapes.get(module, ())), reason))
+        reasons[module] = reason
+    layers = []
+    for module, reason in reasons.items():
+        reader = readers.only_reader(module)
+        # The reader's weight will change too.
+        alone = None if reader is None or reasons[reader] is not None else names[reader]
+        called_with = tuple(shapes.get(module, ()))
+        layers.append(SurveyedLayer(names[module], module, called_with, reason, alone))
     return Survey(tuple(layers), macs, size)
 
 

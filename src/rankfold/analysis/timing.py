@@ -54,7 +54,12 @@ def _to_time(layer: AnalysedLayer, found: SurveyedLayer | None) -> LayerToTime:
     if found is None or repr(found.module) != layer.layer:
         raise PlanError(f"layer '{layer.name}' of the analysis, {layer.layer:.200}, is not there")
     return LayerToTime(
-        layer.name, found.module, found.input_shapes, layer.methods, _ranks_by_method(layer)
+        layer.name,
+        found.module,
+        found.input_shapes,
+        layer.methods,
+        _ranks_by_method(layer),
+        layer.reader,
     )
 
 

@@ -2,12 +2,20 @@
 
 Each is an `nn.Sequential` of convolutions or linear layers with nothing between them, has the
 geometry (stride, padding, dilation, bias, dtype) of one dense layer, and `to_dense()` gives that
-layer back. How the factors are found is the business of `rankfold.methods`.
+layer back; a recurrent layer is a smaller one and a readout, and no other layer does the same. How
+the factors are found is the business of `rankfold.methods`.
 """
 
 from rankfold.layers.chain import CONVOLUTIONS, Convolution
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
 from rankfold.layers.grouped import GroupedConvolution
+from rankfold.layers.recurrent import (
+    RECURRENT,
+    FewerUnits,
+    Recurrent,
+    block_names,
+    directions_of,
+)
 from rankfold.layers.selected import ChannelSelection, SelectedChannels
 from rankfold.layers.transposed import (
     TRANSPOSED,
@@ -20,12 +28,15 @@ from rankfold.layers.two_factor import TwoFactorConvolution, TwoFactorLinear
 
 __all__ = [
     "CONVOLUTIONS",
+    "RECURRENT",
     "TRANSPOSED",
     "ChannelSelection",
     "Convolution",
     "Dense",
+    "FewerUnits",
     "Form",
     "GroupedConvolution",
+    "Recurrent",
     "SelectedChannels",
     "Transposed",
     "TransposedConvolution",
@@ -34,5 +45,7 @@ __all__ = [
     "TwoFactorLinear",
     "adjoint_weights",
     "assign_factors",
+    "block_names",
     "check_ranks",
+    "directions_of",
 ]

@@ -4,15 +4,16 @@ Order matters in one way: a rule that reads ranks off one spectrum (EVBMF, energ
 uses the first method that applies to a layer; a budget lets all of them compete.
 """
 
+from rankfold.methods.fewer_units import RemoveUnits
 from rankfold.methods.full_rank import FullRank
 from rankfold.methods.interpolative import Interpolative
-from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_ranks
+from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_ranks, other_kind
 from rankfold.methods.moments import WEIGHT_METRIC, Moments
 from rankfold.methods.svd import LowRank
 from rankfold.methods.tucker2 import Tucker2
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Tucker2, LowRank, Interpolative, FullRank)
+    method.name: method for method in (Tucker2, LowRank, Interpolative, FullRank, RemoveUnits)
 }
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "Method",
     "Moments",
     "Rank",
+    "RemoveUnits",
     "Spectrum",
     "Tucker2",
     "aligned_ranks",
+    "other_kind",
 ]

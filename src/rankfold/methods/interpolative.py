@@ -20,7 +20,8 @@ from rankfold.layers import CONVOLUTIONS, Dense, SelectedChannels, assign_factor
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment
 from rankfold.methods.moments import Moments
 
-# Of the mean eigenvalue of the inputs' moment, added to all: what no input shows explains nothing.
+# Of the greatest mean square of an input, added to all: what no input shows explains nothing, and
+# what is left of a channel that is taken, rounding of either sign, stays positive.
 _RIDGE = 1e-10
 
 
@@ -129,7 +130,10 @@ def _greedy_order(weight: torch.Tensor, moments: Moments) -> tuple[torch.Tensor,
     open_channels = torch.ones(count, dtype=torch.bool, device=moment.device)
     for _ in range(count):
         blocks = left.reshape(count, places, count, places).diagonal(dim1=0, dim2=2)
-        lower = torch.linalg.cholesky(blocks.permute(2, 0, 1) + ridge)
+        lower, failed = torch.linalg.cholesky_ex(blocks.permute(2, 0, 1) + ridge)
+        # Of products in float32 a moment may be a little less than positive: what it is less by
+        # explains nothing.
+        lower[failed > 0] = torch.eye(places).to(lower) / torch.finfo(lower.dtype).eps ** 4
         seen = torch.linalg.solve_triangular(lower, responses.permute(1, 2, 0), upper=False)
         gains = torch.where(open_channels, seen.square().sum((1, 2)), -1.0)
         best = int(gains.argmax())
@@ -160,8 +164,12 @@ def _regressed(weight: torch.Tensor, channels: torch.Tensor, moments: Moments) -
         size = found[0].numel()
         own = blocks[channels][:, :, channels].reshape(size, size)
         crossed = torch.tensordot(rows[:, others], blocks[others][:, :, channels], dims=2)
-        lower = torch.linalg.cholesky(own + _ridge(moment) * torch.eye(size).to(own))
-        found = found + torch.cholesky_solve(crossed.flatten(1).mT, lower).mT.reshape(found.shape)
+        lower, failed = torch.linalg.cholesky_ex(own + _ridge(moment) * torch.eye(size).to(own))
+        if failed:
+            told = crossed.flatten(1) @ torch.linalg.pinv(own, hermitian=True)
+        else:
+            told = torch.cholesky_solve(crossed.flatten(1).mT, lower).mT
+        found = found + told.reshape(found.shape)
     # Places that were responses apart come back to the kernel.
     by_output = found.reshape(len(weight), -1, *found.shape[1:]).movedim(1, 2)
     return by_output.reshape(len(weight), len(channels), *weight.shape[2:])
@@ -169,4 +177,4 @@ def _regressed(weight: torch.Tensor, channels: torch.Tensor, moments: Moments) -
 
 def _ridge(moment: torch.Tensor) -> float:
     """Something to add to the diagonal; 1 for a moment of nothing."""
-    return (_RIDGE * moment.diagonal().mean().item()) or 1.0
+    return (_RIDGE * moment.diagonal().max().item()) or 1.0

@@ -37,7 +37,7 @@ class Family(Protocol):
     def loss(self, rank: Rank) -> float:
         """What the truncation to this rank costs, in the unit of the metric (see `Moments`)."""
 
-    def build(self, rank: Rank) -> nn.Sequential:
+    def build(self, rank: Rank) -> nn.Module:
         """The factorized layer of any rank within bounds, fitted; raises RankError outside."""
 
 
@@ -56,8 +56,13 @@ class Method(Protocol):
     def fit(self, layer: Any, moments: Moments) -> Family:
         """Fit the method, in a metric, to a layer for which `why_not` is None."""
 
-    def skeleton(self, layer: Any, rank: Rank) -> nn.Sequential:
+    def skeleton(self, layer: Any, rank: Rank) -> nn.Module:
         """The form at this rank on the meta device: shapes only; raises RankError."""
+
+
+def other_kind(layer: nn.Module) -> str:
+    """Why a method for layers of another kind cannot take this one."""
+    return f"no factorization for {type(layer).__name__} layers"
 
 
 def aligned_ranks(limit: int, alignment: int) -> range | list[int]:

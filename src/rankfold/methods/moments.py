@@ -27,7 +27,8 @@ class Moments:
     `Moments()` is the plain weight metric. The inputs' moment is that of whole patches, or of the
     channels alone, the same at every place of the kernel. All float64. Those of a grouped
     convolution are stacks, (groups, n, n), and of a transposed one the channels' (see
-    `rankfold.methods.reduction`, which makes them moments of plain convolutions).
+    `rankfold.methods.reduction`, which makes them moments of plain convolutions); of a recurrent
+    layer both are those of the states, (layers * directions, hidden, hidden).
     """
 
     inputs: torch.Tensor | None = None  # A: (in * kernel size,) squared, or (in, in)

@@ -58,11 +58,12 @@ def fit(method: Method, layer: nn.Module, moments: Moments) -> Family:
     return ReducedFamily(cast("Convolution | Transposed", layer), families)
 
 
-def skeleton(method: Method, layer: nn.Module, rank: Rank) -> nn.Sequential:
+def skeleton(method: Method, layer: nn.Module, rank: Rank) -> nn.Module:
     """The form at this rank on the meta device; raises RankError."""
     if not _is_reduced(layer):
         return method.skeleton(layer, rank)
-    return _whole_form(layer, _aligned(method, layer).skeleton(_plain(layer)[0], rank))
+    chain = _aligned(method, layer).skeleton(_plain(layer)[0], rank)
+    return _whole_form(layer, cast(nn.Sequential, chain))
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class ReducedFamily:
         return sum(family.loss(rank) for family in self.families)
 
     def build(self, rank: Rank) -> nn.Sequential:
-        chains = [family.build(rank) for family in self.families]
+        chains = [cast(nn.Sequential, family.build(rank)) for family in self.families]
         links = zip(*(cast("list[Convolution]", list(chain)) for chain in chains), strict=True)
         weights = [torch.cat([one.weight.detach() for one in same]) for same in links]
         form = _whole_form(self.layer, chains[0])

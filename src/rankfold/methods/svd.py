@@ -24,7 +24,7 @@ from rankfold.layers import (
     assign_factors,
     check_ranks,
 )
-from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment
+from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, other_kind
 from rankfold.methods.moments import Moments
 
 
@@ -45,7 +45,7 @@ class LowRank:
 
     def why_not(self, layer: nn.Module) -> str | None:
         if not isinstance(layer, Dense) or type(layer) not in (nn.Linear, *CONVOLUTIONS):
-            return f"no factorization for {type(layer).__name__} layers"
+            return other_kind(layer)
         if layer.weight.numel() == 0:
             return "its weight is empty"
         groups = getattr(layer, "groups", 1)

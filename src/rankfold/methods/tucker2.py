@@ -24,7 +24,7 @@ from rankfold.layers import (
     assign_factors,
     check_ranks,
 )
-from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment
+from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, other_kind
 from rankfold.methods.moments import Moments
 
 CHANNEL_MODES = (0, 1)  # of a weight (out, in, *kernel)
@@ -50,7 +50,7 @@ class Tucker2:
 
     def why_not(self, layer: nn.Module) -> str | None:
         if not isinstance(layer, CONVOLUTIONS) or type(layer) not in CONVOLUTIONS:
-            return f"no factorization for {type(layer).__name__} layers"
+            return other_kind(layer)
         if layer.weight.numel() == 0:
             return "its weight is empty"
         if layer.groups != 1:

@@ -1,0 +1,196 @@
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from recurrent import assert_same
+from tensors import tensor_of
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import rankfold
+from rankfold.analysis import Overrides
+from rankfold.cost import count_macs, count_parameters
+from rankfold.errors import CheckpointError, PlanError
+from rankfold.layers import FewerUnits, TwoFactorLinear
+from rankfold.merging import merge_linears, merge_readouts
+from rankfold.methods import METHODS, WEIGHT_METRIC
+from rankfold.plan import Plan
+
+
+class Reader(nn.Module):
+    """A bidirectional LSTM that one linear layer reads, and a GRU of which the state is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.LSTM(12, 32, num_layers=2, batch_first=True, bidirectional=True)
+        self.between = nn.Linear(64, 40)
+        self.second = nn.GRU(40, 32, batch_first=True)
+        self.out = nn.Linear(32, 7)
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        between = torch.relu(self.between(self.first(given)[0]))
+        return self.out(self.second(between)[1][-1])
+
+
+def make_reader() -> Reader:
+    """Two directions of the inputs are enough to make its states depend on each other."""
+    model = Reader().eval()
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.copy_(0.25 * tensor_of(parameter.shape, torch.float32, seed=index))
+    return model
+
+
+def make_sequences() -> list[torch.Tensor]:
+    mixing = tensor_of((2, 12), torch.float32, seed=50)
+    return [tensor_of((6, 9, 2), torch.float32, seed=60 + index) @ mixing for index in range(10)]
+
+
+@pytest.fixture(scope="module")
+def analysis() -> rankfold.Analysis:
+    return rankfold.analyze(make_reader(), make_sequences())
+
+
+@pytest.mark.parametrize("biases", [(True, True), (True, False), (False, True), (False, False)])
+def test_two_linear_layers_as_one(biases) -> None:
+    first = nn.Linear(5, 9, biases[0], dtype=torch.float64)
+    second = nn.Linear(9, 4, biases[1], dtype=torch.float64).eval()
+    merged = merge_linears(first, second)
+    given = tensor_of((3, 5))
+    assert_same(merged(given), second(first(given)))
+    assert (merged.bias is not None) == any(biases) and not merged.training
+    assert merged.weight.requires_grad
+    second.requires_grad_(False)
+    assert merge_linears(first, second).weight.requires_grad
+    assert not merge_linears(first.requires_grad_(False), second).weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_merged_in_half_precision(dtype) -> None:
+    first, second = nn.Linear(5, 9), nn.Linear(9, 4)
+    merged = merge_linears(first.to(dtype), second.to(dtype))
+    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    exact = second.double().weight @ first.double().weight
+    assert_same(merged.weight, exact, 1e-2)
+
+
+def test_an_analysis_knows_who_reads(analysis) -> None:
+    found = {layer.name: layer.reader for layer in analysis.layers}
+    assert found == {"first": "between", "between": None, "second": None, "out": None}
+
+
+def test_a_plan_says_what_the_network_then_costs(analysis, tmp_path) -> None:
+    """The readout is gone; what its reader saves besides is not promised."""
+    plan = analysis.plan(macs=0.5)
+    chosen = {entry.name: entry for entry in plan.layers}
+    assert chosen["first"].method == "fewer-units" and chosen["first"].reader == "between"
+    model = make_reader()
+    small = rankfold.factorize(model, plan)
+    assert type(small.first) is nn.LSTM and small.first.hidden_size == chosen["first"].rank[0]
+    data = make_sequences()[0]
+    macs = count_macs(lambda: small(data)) / len(data)
+    assert 0.8 * plan.after.macs < macs <= plan.after.macs <= 0.5 * plan.before.macs
+    assert count_parameters(small) <= plan.after.parameters
+    assert count_parameters(small.first) == chosen["first"].after.parameters
+    with torch.no_grad():
+        error = (small(data) - model(data)).norm() / model(data).norm()
+    assert error < 0.2
+    rankfold.save(small, tmp_path / "small")
+    loaded = rankfold.load(tmp_path / "small", Reader)
+    assert repr(loaded) == repr(small)
+    assert torch.equal(loaded(data), small(data))
+
+
+def test_merged_or_not_it_is_the_same_network(analysis) -> None:
+    plan = analysis.plan(macs=0.6)
+    entries = tuple(replace(entry, reader=None) for entry in plan.layers)
+    merged = rankfold.factorize(make_reader(), plan)
+    unmerged = rankfold.factorize(make_reader(), replace(plan, layers=entries))
+    assert isinstance(unmerged.first, FewerUnits) and not isinstance(merged.first, FewerUnits)
+    data = make_sequences()[0]
+    assert_same(merged(data), unmerged(data), 1e-5)
+
+
+def test_a_factorized_reader_takes_the_readout_in_too(analysis, tmp_path) -> None:
+    overrides = Overrides(
+        force={"first": "fewer-units", "between": "svd", "second": "fewer-units"},
+        greatest_rank={"*": 16},
+    )
+    small = rankfold.factorize(make_reader(), analysis.plan(macs=0.9, overrides=overrides))
+    units = small.first.hidden_size
+    assert isinstance(small.between, TwoFactorLinear)
+    assert small.between[0].in_features == 2 * units
+    assert isinstance(small.second, FewerUnits)
+    rankfold.save(small, tmp_path / "small")
+    loaded = rankfold.load(tmp_path / "small", Reader)
+    assert torch.equal(loaded(make_sequences()[0]), small(make_sequences()[0]))
+
+
+def test_readers_survive_the_files(analysis, tmp_path) -> None:
+    analysis.save(tmp_path / "analysis")
+    again = rankfold.Analysis.load(tmp_path / "analysis")
+    plan = again.plan(macs=0.5)
+    assert plan == analysis.plan(macs=0.5)
+    document = json.loads(json.dumps(plan.to_json()))
+    assert Plan.from_json(document) == plan.bare()
+    for entry in document["layers"]:  # as in files from before there were readers
+        entry.pop("reader")
+    assert all(entry.reader is None for entry in Plan.from_json(document).layers)
+
+
+def test_a_reader_that_is_not_there_is_refused(analysis, tmp_path) -> None:
+    plan = analysis.plan(macs=0.5)
+    wrong = [replace(entry, reader=entry.reader and "elsewhere") for entry in plan.layers]
+    with pytest.raises(PlanError, match="'elsewhere'"):
+        rankfold.factorize(make_reader(), replace(plan, layers=tuple(wrong)))
+    rankfold.save(rankfold.factorize(make_reader(), plan), tmp_path / "small")
+    path = tmp_path / "small" / "plan.json"
+    path.write_text(path.read_text().replace('"between"', '"betwixt"'))
+    with pytest.raises(CheckpointError, match="another network"):
+        rankfold.load(tmp_path / "small", Reader)
+
+
+def test_a_reader_of_another_kind_or_shape_leaves_the_readout() -> None:
+    class Unusual(nn.Linear):
+        pass
+
+    layer = nn.LSTM(4, 16)
+    for reader in (Unusual(16, 3), nn.Sequential(nn.ReLU(), nn.Linear(16, 3)), nn.Linear(32, 3)):
+        form = METHODS["fewer-units"]().fit(layer, WEIGHT_METRIC).build((8,))
+        model = nn.ModuleDict({"rnn": form, "reader": copy.deepcopy(reader)})
+        merged = merge_readouts(model, {"rnn": "reader"})
+        assert merged.rnn is form and repr(merged.reader) == repr(reader)
+
+
+class Packed(nn.Module):
+    """Sequences of different lengths, which zeros fill up, sorted by no one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(4, 24, bidirectional=True)
+        self.out = nn.Linear(48, 5)
+
+    def forward(self, given: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = pack_padded_sequence(given, lengths, enforce_sorted=False)
+        return self.out(pad_packed_sequence(self.rnn(packed)[0])[0])
+
+
+def test_packed_sequences_from_analysis_to_network() -> None:
+    model = Packed().eval()
+    data = [
+        ((tensor_of((7, 3, 4), torch.float32, seed=s), torch.tensor([4, 7, 2])),) for s in range(6)
+    ]
+    analysis = rankfold.analyze(model, data)
+    assert analysis.layers[0].reader is None  # the padding reads them
+    small = rankfold.factorize(model, analysis.plan(macs=0.6))
+    assert isinstance(small.rnn, FewerUnits)
+    ours, theirs = small(*data[0][0]), model(*data[0][0])
+    assert ours.shape == theirs.shape and (ours - theirs).norm() < 0.3 * theirs.norm()
+
+
+def test_a_rule_that_reads_spectra_leaves_recurrent_layers(analysis) -> None:
+    plan = analysis.plan(energy=0.5)
+    reasons = {entry.name: entry.reason for entry in plan.layers if entry.method is None}
+    assert "no spectrum" in reasons["first"]
