@@ -16,7 +16,7 @@ FLOORS = [
     {"methods"},
     {"plan", "knapsack", "batches", "fingerprint", "cost", "replacement", "merging", "runtime"},
     {"analysis", "measure"},
-    {"recover", "record"},
+    {"recover", "refit", "record"},
     {"factorize"},
     {"checkpoint", "search", "compress"},
     {"demo", "imports", "picture"},

@@ -36,13 +36,18 @@ class Judge:
         return Judge(model, forward, batches, targets, kind or kind_of(targets[0]))
 
     def divergence(self, replacements: Mapping[nn.Module, nn.Module]) -> float:
-        """Of the model with some layers replaced for the while, from the model as it is.
+        """Of the model with some layers replaced for the while, from the model as it is."""
+        with swapped(self.model, replacements) as network:
+            return self.divergence_of(network)
+
+    def divergence_of(self, network: nn.Module) -> float:
+        """Of another network with the same outputs from the model.
 
         For logits the Kullback-Leibler divergence in nats per sample; for values the squared error
         relative to the squared norm, halved. Infinite where the outputs are not finite.
         """
         total = weight = 0.0
-        with swapped(self.model, replacements) as network, running(network), torch.no_grad():
+        with running(network), torch.no_grad():
             for index, (batch, target) in enumerate(zip(self.batches, self.targets, strict=True)):
                 output = run_or_explain(self.forward, network, batch, index)
                 if self.kind == "logits":
