@@ -121,7 +121,8 @@ def _greedy_order(weight: torch.Tensor, moments: Moments) -> tuple[torch.Tensor,
         beyond = norms.values.flip(0).cumsum(0).flip(0)
         return norms.indices, torch.cat([beyond, beyond.new_zeros(1)])
     left = moment.clone()  # the part of A that the chosen channels do not explain
-    ridge = _ridge(moment) * torch.eye(places).to(moment)
+    identity = torch.eye(places).to(moment)
+    ridge = _ridge(moment) * identity
     responses = (rows.flatten(1) @ moment).reshape(rows.shape)
     total = (rows * responses).sum()
     order: list[int] = []
@@ -129,8 +130,10 @@ def _greedy_order(weight: torch.Tensor, moments: Moments) -> tuple[torch.Tensor,
     open_channels = torch.ones(count, dtype=torch.bool, device=moment.device)
     for _ in range(count):
         blocks = left.reshape(count, places, count, places).diagonal(dim1=0, dim2=2)
-        lower = torch.linalg.cholesky(blocks.permute(2, 0, 1) + ridge)
+        lower, failed = torch.linalg.cholesky_ex(blocks.permute(2, 0, 1) + ridge)
+        lower[failed > 0] = identity  # but for rounding, the others tell all of this channel
         seen = torch.linalg.solve_triangular(lower, responses.permute(1, 2, 0), upper=False)
+        seen[failed > 0] = 0
         gains = torch.where(open_channels, seen.square().sum((1, 2)), -1.0)
         best = int(gains.argmax())
         order.append(best)
@@ -138,8 +141,10 @@ def _greedy_order(weight: torch.Tensor, moments: Moments) -> tuple[torch.Tensor,
         open_channels[best] = False
         block = slice(best * places, (best + 1) * places)
         towards = torch.linalg.solve_triangular(lower[best], left[block], upper=False)
-        responses -= (seen[best].mT @ towards).reshape(responses.shape)
-        left -= towards.mT @ towards
+        if not failed[best]:
+            responses -= (seen[best].mT @ towards).reshape(responses.shape)
+            left -= towards.mT @ towards
+        responses[:, best], left[block], left[:, block] = 0, 0, 0
     errors = (total - torch.stack(explained).cumsum(0)).clamp_min(0)
     errors[-1] = 0  # all channels are there
     found = torch.cat([total[None], errors]).cummin(0).values
@@ -160,8 +165,13 @@ def _regressed(weight: torch.Tensor, channels: torch.Tensor, moments: Moments) -
         size = found[0].numel()
         own = blocks[channels][:, :, channels].reshape(size, size)
         crossed = torch.tensordot(rows[:, others], blocks[others][:, :, channels], dims=2)
-        lower = torch.linalg.cholesky(own + _ridge(moment) * torch.eye(size).to(own))
-        found = found + torch.cholesky_solve(crossed.flatten(1).mT, lower).mT.reshape(found.shape)
+        crossed = crossed.flatten(1)
+        lower, failed = torch.linalg.cholesky_ex(own + _ridge(moment) * torch.eye(size).to(own))
+        if failed:
+            told = crossed @ torch.linalg.pinv(own, hermitian=True)
+        else:
+            told = torch.cholesky_solve(crossed.mT, lower).mT
+        found = found + told.reshape(found.shape)
     # Places that were responses apart come back to the kernel.
     by_output = found.reshape(len(weight), -1, *found.shape[1:]).movedim(1, 2)
     return by_output.reshape(len(weight), len(channels), *weight.shape[2:])
