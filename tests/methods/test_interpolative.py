@@ -109,9 +109,14 @@ def test_dead_and_repeated_channels_go_without_loss() -> None:
     assert relative(form(given), layer(given)) < 1e-3
 
 
+@pytest.mark.parametrize("ridge", [1e-10, 1e-18])
 @pytest.mark.parametrize("places", [1, 9])
-def test_moments_beyond_the_digits_of_float64_do_no_harm(places) -> None:
-    """Of few directions, and of sizes far apart: what is left of a channel is rounding."""
+def test_moments_beyond_the_digits_of_float64_do_no_harm(places, ridge, monkeypatch) -> None:
+    """What is left of a channel is rounding, and larger than the ridge that should cover it.
+
+    Of few directions and of sizes far apart; thousands of channels do the same to any ridge.
+    """
+    monkeypatch.setattr("rankfold.methods.interpolative._RIDGE", ridge)
     layer = nn.Conv2d(24, 8, 3, dtype=torch.float64)
     sizes = torch.logspace(0, 6, 24 * places, dtype=torch.float64)
     seen = tensor_of((24 * places, 5)) * sizes[:, None]
