@@ -109,6 +109,29 @@ def test_dead_and_repeated_channels_go_without_loss() -> None:
     assert relative(form(given), layer(given)) < 1e-3
 
 
+@pytest.mark.parametrize("ridge", [1e-10, 1e-18])
+@pytest.mark.parametrize("places", [1, 9])
+def test_moments_beyond_the_digits_of_float64_do_no_harm(places, ridge, monkeypatch) -> None:
+    """What is left of a channel is rounding, and larger than the ridge that should cover it.
+
+    Of few directions and of sizes far apart; thousands of channels do the same to any ridge.
+    """
+    monkeypatch.setattr("rankfold.methods.interpolative._RIDGE", ridge)
+    layer = nn.Conv2d(24, 8, 3, dtype=torch.float64)
+    sizes = torch.logspace(0, 6, 24 * places, dtype=torch.float64)
+    seen = tensor_of((24 * places, 5)) * sizes[:, None]
+    moments = Moments(seen @ seen.mT)
+    family = Interpolative(alignment=1).fit(layer, moments)
+    losses = [family.loss(rank) for rank in family.ranks()]
+    assert losses == sorted(losses, reverse=True) and losses[-1] == 0
+    whole = moments.squared_error(layer.weight.detach())
+    for rank in family.ranks():
+        form = family.build(rank)
+        assert all(torch.isfinite(parameter).all() for parameter in form.parameters())
+        error = moments.squared_error((form.to_dense().weight - layer.weight).detach())
+        assert abs(error) / whole <= family.loss(rank) + 1e-6
+
+
 @pytest.mark.parametrize("has_batch", [True, False])
 @pytest.mark.parametrize(
     ("layer", "shape"),

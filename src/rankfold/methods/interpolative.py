@@ -20,9 +20,10 @@ from rankfold.layers import CONVOLUTIONS, Dense, SelectedChannels, assign_factor
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment
 from rankfold.methods.moments import Moments
 
-# Of the greatest mean square of an input, added to all: what no input shows explains nothing, and
-# what is left of a channel that is taken, rounding of either sign, stays positive.
+# Of the mean eigenvalue of the inputs' moment, added to all: what no input shows explains nothing.
 _RIDGE = 1e-10
+# Rows of a Cholesky factor that are gathered before their product is taken off a moment at once.
+_PENDING = 64
 
 
 @dataclass(frozen=True)
@@ -121,29 +122,45 @@ def _greedy_order(weight: torch.Tensor, moments: Moments) -> tuple[torch.Tensor,
         norms = rows.square().sum((0, 2)).sort(descending=True, stable=True)
         beyond = norms.values.flip(0).cumsum(0).flip(0)
         return norms.indices, torch.cat([beyond, beyond.new_zeros(1)])
-    left = moment.clone()  # the part of A that the chosen channels do not explain
     ridge = _ridge(moment) * torch.eye(places).to(moment)
     responses = (rows.flatten(1) @ moment).reshape(rows.shape)
     total = (rows * responses).sum()
+    # Of each channel, what the chosen ones do not tell: of its patches and of the responses to it.
+    blocks = moment.reshape(count, places, count, places).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    blocks = blocks.clone()
+    energies = torch.einsum("rcp,rcq->cpq", responses, responses)
+    left, pending = moment.clone(), moment.new_zeros(0, len(moment))
+    taken = torch.zeros(count, dtype=torch.bool, device=moment.device)
     order: list[int] = []
     explained: list[torch.Tensor] = []
-    open_channels = torch.ones(count, dtype=torch.bool, device=moment.device)
     for _ in range(count):
-        blocks = left.reshape(count, places, count, places).diagonal(dim1=0, dim2=2)
-        lower, failed = torch.linalg.cholesky_ex(blocks.permute(2, 0, 1) + ridge)
-        # Of products in float32 a moment may be a little less than positive: what it is less by
-        # explains nothing.
-        lower[failed > 0] = torch.eye(places).to(lower) / torch.finfo(lower.dtype).eps ** 4
-        seen = torch.linalg.solve_triangular(lower, responses.permute(1, 2, 0), upper=False)
-        gains = torch.where(open_channels, seen.square().sum((1, 2)), -1.0)
-        best = int(gains.argmax())
+        lower, failed = torch.linalg.cholesky_ex(blocks + ridge)
+        hidden = failed > 0  # but for rounding, the others tell all of these channels
+        lower[hidden] = torch.eye(places).to(moment)
+        gains = torch.cholesky_solve(energies, lower).diagonal(dim1=1, dim2=2).sum(1)
+        best = int(gains.masked_fill(hidden, 0).masked_fill(taken, -torch.inf).argmax())
         order.append(best)
-        explained.append(gains[best])
-        open_channels[best] = False
+        taken[best] = True
+        seen = torch.linalg.solve_triangular(lower[best], responses[:, best].mT, upper=False)
+        if hidden[best]:
+            seen = torch.zeros_like(seen)
+        explained.append(seen.square().sum())
         block = slice(best * places, (best + 1) * places)
-        towards = torch.linalg.solve_triangular(lower[best], left[block], upper=False)
-        responses -= (seen[best].mT @ towards).reshape(responses.shape)
-        left -= towards.mT @ towards
+        row = left[block] - pending[:, block].mT @ pending
+        towards = torch.linalg.solve_triangular(lower[best], row, upper=False)
+        if not hidden[best]:
+            steps = towards.reshape(places, count, places)
+            along = (seen @ responses.flatten(1)).reshape(steps.shape)
+            crossed = torch.einsum("acp,acq->cpq", steps, along)
+            moved = torch.tensordot(seen @ seen.mT, steps, dims=1)
+            energies += torch.einsum("acp,acq->cpq", steps, moved) - crossed - crossed.mT
+            responses -= (seen.mT @ towards).reshape(responses.shape)
+            blocks -= torch.einsum("acp,acq->cpq", steps, steps)
+            pending = torch.cat([pending, towards])
+        if len(pending) >= _PENDING:
+            left -= pending.mT @ pending
+            pending = pending[:0]
+        responses[:, best], blocks[best], energies[best] = 0, 0, 0
     errors = (total - torch.stack(explained).cumsum(0)).clamp_min(0)
     errors[-1] = 0  # all channels are there
     found = torch.cat([total[None], errors]).cummin(0).values
@@ -164,11 +181,12 @@ def _regressed(weight: torch.Tensor, channels: torch.Tensor, moments: Moments) -
         size = found[0].numel()
         own = blocks[channels][:, :, channels].reshape(size, size)
         crossed = torch.tensordot(rows[:, others], blocks[others][:, :, channels], dims=2)
+        crossed = crossed.flatten(1)
         lower, failed = torch.linalg.cholesky_ex(own + _ridge(moment) * torch.eye(size).to(own))
         if failed:
-            told = crossed.flatten(1) @ torch.linalg.pinv(own, hermitian=True)
+            told = crossed @ torch.linalg.pinv(own, hermitian=True)
         else:
-            told = torch.cholesky_solve(crossed.flatten(1).mT, lower).mT
+            told = torch.cholesky_solve(crossed.mT, lower).mT
         found = found + told.reshape(found.shape)
     # Places that were responses apart come back to the kernel.
     by_output = found.reshape(len(weight), -1, *found.shape[1:]).movedim(1, 2)
@@ -177,4 +195,4 @@ def _regressed(weight: torch.Tensor, channels: torch.Tensor, moments: Moments) -
 
 def _ridge(moment: torch.Tensor) -> float:
     """Something to add to the diagonal; 1 for a moment of nothing."""
-    return (_RIDGE * moment.diagonal().max().item()) or 1.0
+    return (_RIDGE * moment.diagonal().mean().item()) or 1.0
