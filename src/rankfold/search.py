@@ -146,12 +146,15 @@ def _put_back(
 ) -> TimedPlan:
     """With every layer dense again that gains nothing in the finished network.
 
-    Only those are tried whose predicted gain is small.
+    Only those are tried whose predicted gain is small. A layer that has taken in the readout of a
+    recurrent one stays as it is, or becomes dense together with it.
     """
+    readers = {entry.reader for entry in timed.plan.factorized}
     doubtful = [
         entry
         for entry in timed.plan.factorized
-        if entry.after.latency_ms is not None
+        if entry.name not in readers
+        and entry.after.latency_ms is not None
         and entry.before.latency_ms is not None
         and entry.after.latency_ms > 0.8 * entry.before.latency_ms
     ]
@@ -162,7 +165,10 @@ def _put_back(
         form = timed.model.get_submodule(entry.name)
         if any(isinstance(module, nn.Conv2d) for module in form.modules()):
             layer = with_memory_format(layer, "channels_last")
-        with swapped(timed.model, {form: layer}):
+        back = {form: layer}
+        if entry.reader is not None:
+            back[timed.model.get_submodule(entry.reader)] = model.get_submodule(entry.reader)
+        with swapped(timed.model, back):
             (dense,) = _milliseconds([timed.model], batch, forward, silent)
         (factorized,) = _milliseconds([timed.model], batch, forward, silent)
         if factorized > _NO_GAIN * dense:

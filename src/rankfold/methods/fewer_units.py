@@ -224,7 +224,7 @@ def _assign(
             rows = _gates(dense, layer)[:, kept[block]].flatten(0, 1)
             if kind in reads:
                 rows = rows @ reads[kind]
-            rows = rows.reshape(-1, *dense.shape[1:-1], *([rows.shape[1]] * (dense.dim() - 1)))
+            rows = rows if dense.dim() == 2 else rows[:, 0]
             setattr(small, f"{kind}_{name}", parameter(rows, dense))
     like = cast(torch.Tensor, layer.weight_hh_l0)
     top = torch.block_diag(*readouts[-directions:])
