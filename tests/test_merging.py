@@ -10,13 +10,16 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rankfold
+from rankfold import search
 from rankfold.analysis import Overrides
+from rankfold.batches import run
 from rankfold.cost import count_macs, count_parameters
 from rankfold.errors import CheckpointError, PlanError
 from rankfold.layers import FewerUnits, TwoFactorLinear
 from rankfold.merging import merge_linears, merge_readouts
 from rankfold.methods import METHODS, WEIGHT_METRIC
 from rankfold.plan import Plan
+from rankfold.progress import silent
 
 
 class Reader(nn.Module):
@@ -194,3 +197,34 @@ def test_a_rule_that_reads_spectra_leaves_recurrent_layers(analysis) -> None:
     plan = analysis.plan(energy=0.5)
     reasons = {entry.name: entry.reason for entry in plan.layers if entry.method is None}
     assert "no spectrum" in reasons["first"]
+
+
+@pytest.mark.parametrize("dense_pays", [True, False])
+def test_what_gains_no_time_is_put_back_with_its_reader(analysis, monkeypatch, dense_pays) -> None:
+    """By a clock that likes the dense LSTM, or dislikes it; every network that it times runs."""
+
+    def milliseconds(networks, batch, forward, progress):
+        for network in networks:
+            forward(network, batch)
+        dense = [network.first.hidden_size == 32 for network in networks]
+        return [1.0 if is_dense == dense_pays else 2.0 for is_dense in dense]
+
+    monkeypatch.setattr(search, "_milliseconds", milliseconds)
+    plan = analysis.plan(
+        macs=0.9, overrides=Overrides(force={"first": "fewer-units", "between": "svd"})
+    )
+    timed_entries = tuple(
+        replace(
+            entry,
+            before=replace(entry.before, latency_ms=1.0),
+            after=replace(entry.after, latency_ms=0.9),
+        )
+        for entry in plan.layers
+    )
+    model, data = make_reader(), make_sequences()[0]
+    plan = replace(plan, layers=timed_entries)
+    timed = search.TimedPlan(plan, rankfold.factorize(model, plan), 1.1)
+    found = search._put_back(model, timed, data, run, silent)
+    assert isinstance(found.model.between, TwoFactorLinear)
+    assert (found.model.first.hidden_size == 32) == dense_pays
+    assert found.model(data).shape == model(data).shape

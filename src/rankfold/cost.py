@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from rankfold.layers import FewerUnits
+
 
 def count_parameters(model: nn.Module) -> int:
     """Numbers in all parameters, shared ones once."""
@@ -44,8 +46,23 @@ def count_layer_macs(layer: nn.Module, input_shapes: Sequence[Sequence[int]]) ->
     with warnings.catch_warnings():
         # "same" padding of an even kernel warns of a copy; nothing is computed here.
         warnings.simplefilter("ignore")
-        inputs = [torch.empty(tuple(s), dtype=dtype, device="meta") for s in input_shapes]
-        return sum(count_macs(partial(layer, given)) for given in inputs)
+
+        def count(shape: Sequence[int]) -> int:
+            given = torch.empty(tuple(shape), dtype=dtype, device="meta")
+            return count_macs(partial(layer, given))
+
+        if isinstance(layer, nn.RNNBase | FewerUnits):
+            return sum(_count_steps(layer, shape, count) for shape in input_shapes)
+        return sum(map(count, input_shapes))
+
+
+def _count_steps(
+    layer: nn.RNNBase | FewerUnits, shape: Sequence[int], count: Callable[[Sequence[int]], int]
+) -> int:
+    """Of a recurrent layer from two counts: the meta device goes slowly through equal steps."""
+    axis = 1 if layer.batch_first and len(shape) == 3 else 0
+    one, two = (count([*shape[:axis], steps, *shape[axis + 1 :]]) for steps in (1, 2))
+    return one + (shape[axis] - 1) * (two - one)
 
 
 def _onednn_recurrent_flops(

@@ -153,22 +153,30 @@ def _put_back(
 ) -> TimedPlan:
     """With every layer dense again that gains nothing in the finished network.
 
-    Only those are tried whose predicted gain is small.
+    Only those are tried whose predicted gain is small. A layer that has taken in the readout of a
+    recurrent one stays as it is, or becomes dense together with it.
     """
+    readers = {entry.reader for entry in timed.plan.factorized}
     doubtful = [
         entry
         for entry in timed.plan.factorized
-        if entry.after.latency_ms is not None
+        if entry.name not in readers
+        and entry.after.latency_ms is not None
         and entry.before.latency_ms is not None
         and entry.after.latency_ms > 0.8 * entry.before.latency_ms
     ]
     restored: list[str] = []
     share = timed.share
     for entry in progress(doubtful, "putting back what does not pay"):
-        layer = with_memory_format(model.get_submodule(entry.name), timing.memory_format)
+        names = [entry.name, *([] if entry.reader is None else [entry.reader])]
         other = copy.deepcopy(timed.model)
-        other = put_in_place(other, {other.get_submodule(entry.name): layer})
-        networks = [timed.model, other]
+        back = {
+            other.get_submodule(name): with_memory_format(
+                model.get_submodule(name), timing.memory_format
+            )
+            for name in names
+        }
+        networks = [timed.model, put_in_place(other, back)]
         factorized, dense = _milliseconds(networks, batch, forward, timing.runtime, silent)
         if factorized > _NO_GAIN * dense:
             restored.append(entry.name)

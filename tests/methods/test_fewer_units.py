@@ -351,3 +351,12 @@ def test_candidates_are_aligned() -> None:
 )
 def test_layers_that_it_does_not_take_and_why(layer, words) -> None:
     assert words in METHOD.why_not(layer)
+
+
+def test_moments_that_rounding_left_indefinite_are_served() -> None:
+    layer = make(nn.LSTM, {})
+    moments = moments_for(layer, rank=3)
+    rounded = Moments(moments.inputs.float().double() - 1e-8 * torch.eye(HIDDEN), moments.gradients)
+    family = METHOD.fit(layer, rounded)
+    assert 0 <= family.loss((8,)) < 1e-4
+    assert family.build((8,)).states.abs().max() < 1e3

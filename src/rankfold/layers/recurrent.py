@@ -16,8 +16,9 @@ class FewerUnits(nn.Module):
     """A smaller `nn.LSTM`, `nn.GRU` or `nn.RNN`, and a linear readout of all units from its own.
 
     Called as the dense layer is, with the same shapes: a sequence, batched or not, or a
-    `PackedSequence`, and initial states of all units, of which those of the kept ones count. The
-    recurrence is torch's fused one. No dense layer does exactly the same: there is no `to_dense`.
+    `PackedSequence`, and initial states of all units, of which those of the kept ones count: a
+    sequence can be run in parts. The recurrence is torch's fused one. No layer of the dense one's
+    size does exactly the same: there is no `to_dense`.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class FewerUnits(nn.Module):
         self.readout = nn.Linear(
             directions * units, directions * layer.hidden_size, False, device, dtype
         )
-        selection = torch.eye(units, layer.hidden_size, device=device, dtype=dtype)
-        self.states = nn.Parameter(selection.repeat(blocks, 1, 1))  # of all units from the kept
-        self.register_buffer("kept", torch.arange(units, device=device).repeat(blocks, 1))
+        # Made on the CPU: on the meta device these two would have torch import half of itself.
+        selection = torch.eye(units, layer.hidden_size, dtype=dtype).repeat(blocks, 1, 1)
+        self.states = nn.Parameter(selection.to(device))  # of all units from the kept
+        self.register_buffer("kept", torch.arange(units).repeat(blocks, 1).to(device))
         self.train(layer.training)
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:  # noqa: A002  (torch's name)
@@ -68,7 +70,7 @@ class FewerUnits(nn.Module):
         return torch.take_along_dim(states, kept, dim=-1)
 
     def _expanded(self, states: Any) -> Any:
-        """Of the kept units to all."""
+        """Of the kept units to all; c of an LSTM as h, which is about c times the output gate."""
         if isinstance(states, tuple):
             return tuple(self._expanded(state) for state in states)
         batched = states if states.dim() == 3 else states[:, None]

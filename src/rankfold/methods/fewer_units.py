@@ -31,8 +31,8 @@ from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignme
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import best_last_factor
 
-# Of a block's mean eigenvalue, added to all: what no calibration data showed has no exact inverse.
-_RIDGE = 1e-9
+# Variances below this share of a block's greatest are rounding: of units that others determine.
+_LEAST = 1e-10
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,11 @@ def _most_needed_first(states: torch.Tensor, gradients: torch.Tensor) -> torch.T
     """
     blocks, units, _ = states.shape
     identity = torch.eye(units).to(states)
-    ridge = _RIDGE * states.diagonal(dim1=1, dim2=2).mean(1)
-    ridge = torch.where(ridge > 0, ridge, 1)
-    precision = torch.linalg.inv(states + ridge[:, None, None] * identity)
+    # Sums of float32 products are not quite positive: no Cholesky factorization.
+    values, vectors = torch.linalg.eigh(states)
+    greatest = values[:, -1:]
+    values = values.maximum(torch.where(greatest > 0, _LEAST * greatest, 1))
+    precision = vectors / values[:, None] @ vectors.mT
     readout = identity.repeat(blocks, 1, 1)
     read = gradients.clone()  # G R
     removed = torch.zeros(blocks, units, dtype=torch.bool, device=states.device)
@@ -183,7 +185,7 @@ def _errors(states: torch.Tensor, gradients: torch.Tensor, order: torch.Tensor) 
     error = states[order][:, order].clone()
     metric = gradients[order][:, order]
     found = [(metric * error).sum()]
-    least = _RIDGE * error.diagonal().mean()
+    least = _LEAST * error.diagonal().max()
     for unit in range(len(order)):
         if error[unit, unit] > least:
             error -= error[:, unit, None] * (error[unit] / error[unit, unit])
@@ -222,7 +224,7 @@ def _assign(
             rows = _gates(dense, layer)[:, kept[block]].flatten(0, 1)
             if kind in reads:
                 rows = rows @ reads[kind]
-            rows = rows.reshape(-1, *dense.shape[1:-1], *([rows.shape[1]] * (dense.dim() - 1)))
+            rows = rows if dense.dim() == 2 else rows[:, 0]
             setattr(small, f"{kind}_{name}", parameter(rows, dense))
     like = cast(torch.Tensor, layer.weight_hh_l0)
     top = torch.block_diag(*readouts[-directions:])
