@@ -7,9 +7,11 @@ reconstruction of Zhang et al. 2016 (section 3.3), in closed form and without la
 With the nonlinearity (their section 3.2) what is fitted is the response after the ReLU.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -79,15 +81,15 @@ def refit(
     kept = min(held_out, max(1, len(found) // 5))
     held, used = (found, found) if len(found) == 1 else (found[:kept], found[kept:])
     places = _places(model, teacher, layers)
-    order = _order(model, {name: last for name, (last, _) in places.items()}, used[0], forward)
+    calls = _calls(model, {name: last for name, (last, _) in places.items()}, used[0], forward)
     relus = _read_by_relu(teacher, layers, used[0], forward) if through_relu else {}
     judge = Judge.of(teacher, forward, held, None)
     sampler = torch.Generator().manual_seed(seed)
     divergence = judge.divergence_of(model)
     done = []
-    for name in progress(order, "refitting"):
+    for name in progress(calls, "refitting"):
         last, dense = places[name]
-        rows = _Rows(last, dense, sampler, len(used))
+        rows = _Rows(last, dense, calls[name], sampler, len(used))
         rows.collect(model, teacher, used, forward)
         before = {key: value.clone() for key, value in last.state_dict().items()}
         _assign(last, *_regress(rows, last, relus.get(name)))
@@ -127,33 +129,41 @@ def _is_pointwise(layer: Any) -> bool:
     )
 
 
-def _order(
+def _calls(
     model: nn.Module, factors: Mapping[str, nn.Module], batch: Any, forward: Forward
-) -> list[str]:
-    """The layers in the order in which the model first calls them, without those it never does."""
-    called: dict[str, None] = {}
-    hooks = [
-        factor.register_forward_hook(lambda *_, name=name: called.setdefault(name))
-        for name, factor in factors.items()
-    ]
+) -> dict[str, int]:
+    """How often the model calls each layer, in the order of the first calls; those it never does
+    left out.
+    """
+    called: dict[str, int] = {}
+
+    def count(name: str, *_: Any) -> None:
+        called[name] = called.get(name, 0) + 1
+
+    hooks = [factor.register_forward_hook(partial(count, name)) for name, factor in factors.items()]
     try:
         with running(model), torch.no_grad():
             run_or_explain(forward, model, batch, 0)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(called)
+    return called
 
 
 class _Rows:
     """Pairs of what reaches the last factor in one network and what the dense layer gives."""
 
     def __init__(
-        self, last: nn.Module, dense: nn.Module, sampler: torch.Generator, batches: int
+        self,
+        last: nn.Module,
+        dense: nn.Module,
+        calls: int,
+        sampler: torch.Generator,
+        batches: int,
     ) -> None:
-        self.last, self.dense, self.sampler = last, dense, sampler
+        self.last, self.dense, self.calls, self.sampler = last, dense, calls, sampler
         features = cast(Any, last).weight.shape[1]
-        self.most = math.ceil(max(_POSITIONS, _TIMES_FEATURES * features) / batches)
+        self.most = math.ceil(max(_POSITIONS, _TIMES_FEATURES * features) / batches / calls)
         self.features: list[torch.Tensor] = []
         self.responses: list[torch.Tensor] = []
 
@@ -161,21 +171,26 @@ class _Rows:
         self, model: nn.Module, teacher: nn.Module, batches: Sequence[Any], forward: Forward
     ) -> None:
         for index, batch in enumerate(batches):
-            features = _seen(model, self.last, batch, index, forward, inputs=True)
-            responses = _seen(teacher, self.dense, batch, index, forward, inputs=False)
-            for ours, theirs in zip(features, responses, strict=True):
-                self._add(_as_rows(ours, self.last), _as_rows(theirs, self.dense), len(features))
+            seen = []
+            for network, layer in ((model, self.last), (teacher, self.dense)):
+                wanted = self.calls, network is model
+                seen.append(_seen(network, layer, batch, index, forward, *wanted))
+            for ours, theirs in zip(*seen, strict=True):
+                self._add(_as_rows(ours, self.last), _as_rows(theirs, self.dense))
 
-    def _add(self, features: torch.Tensor, responses: torch.Tensor, calls: int) -> None:
+    def _add(self, features: torch.Tensor, responses: torch.Tensor) -> None:
         if not (torch.isfinite(features).all() and torch.isfinite(responses).all()):
             raise CalibrationError("a layer gives NaN or infinity while it is refitted")
-        most = math.ceil(self.most / calls)
-        if len(features) > most:
-            chosen = torch.randint(len(features), (most,), generator=self.sampler)
+        if len(features) > self.most:
+            chosen = torch.randint(len(features), (self.most,), generator=self.sampler)
             chosen = chosen.to(features.device)
             features, responses = features[chosen], responses[chosen]
         self.features.append(features.double())
         self.responses.append(responses.double())
+
+
+class _Enough(Exception):  # noqa: N818  (no error)
+    """The rest of a forward pass is not needed."""
 
 
 def _seen(
@@ -184,18 +199,21 @@ def _seen(
     batch: Any,
     index: int,
     forward: Forward,
+    calls: int,
     inputs: bool,
 ) -> list[torch.Tensor]:
-    """What a layer is given, or gives, in each of its calls."""
+    """What a layer is given, or gives, in each of its calls; what comes after is not run."""
     found: list[torch.Tensor] = []
 
     def note(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         # A copy: what follows may work in place.
         found.append((given[0] if inputs else output).detach().clone())
+        if len(found) == calls:
+            raise _Enough
 
     hook = layer.register_forward_hook(note)
     try:
-        with running(network), torch.no_grad():
+        with running(network), torch.no_grad(), contextlib.suppress(_Enough):
             run_or_explain(forward, network, batch, index)
     finally:
         hook.remove()
