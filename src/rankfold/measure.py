@@ -319,10 +319,10 @@ def _bytes(model: nn.Module) -> int:
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     call()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
@@ -333,6 +333,7 @@ def _warm_up(call: Callable[[], Any], device: torch.device) -> float:
     return max(_seconds(call, device), 1e-9)
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

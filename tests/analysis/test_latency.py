@@ -1,5 +1,6 @@
 import copy
 import math
+import time
 from importlib import import_module
 from itertools import count, product
 
@@ -189,14 +190,38 @@ def test_more_rank_never_takes_less_time(monkeypatch, noise) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_what_is_left_is_the_network_without_the_layers(monkeypatch) -> None:
+    """What the layers take within the network counts, not what they take alone."""
     monkeypatch.setattr(latency, "latencies", lambda calls, device, progress: [9.0, 7.0])
     monkeypatch.setattr(latency, "milliseconds", lambda layer, given: 2.0)
     model = make_model()
+    for inside, rest in ((4.0, 3), (10.0, 0)):
+        monkeypatch.setattr(latency, "_inside", lambda layers, call, device, t=inside: t)
+        network, _ = time_network(model, make_data()[0], to_time(model), run, TimingCache(None))
+        assert (network.dense_ms, network.rest_ms) == (7, rest)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("whole", "expected"),
+    [([9.0, 7.0], "channels_last"), ([6.5, 7.0], "channels_last"), ([5.0, 7.0], "contiguous")],
+)
+def test_a_network_that_is_much_faster_contiguous_stays_so(monkeypatch, whole, expected) -> None:
+    monkeypatch.setattr(latency, "latencies", lambda calls, device, progress: whole)
+    model = make_model()
     network, _ = time_network(model, make_data()[0], to_time(model), run, TimingCache(None))
-    assert (network.dense_ms, network.rest_ms) == (7, 3)
-    monkeypatch.setattr(latency, "milliseconds", lambda layer, given: 5.0)
-    network, _ = time_network(model, make_data()[0], to_time(model), run, TimingCache(None))
-    assert (network.dense_ms, network.rest_ms) == (7, 0)
+    assert network.memory_format == expected and network.dense_ms == min(whole)
+
+
+def test_the_time_inside_layers_is_that_of_their_calls() -> None:
+    class Slow(nn.Module):
+        def forward(self, x):
+            time.sleep(0.02)
+            return x
+
+    model = nn.Sequential(Slow(), nn.Linear(2, 2), Slow())
+    found = latency._inside([model[0]], lambda: model(torch.ones(1, 2)), torch.device("cpu"))
+    assert 20 <= found < 35  # one of the two
+    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
 
 
 @pytest.mark.usefixtures("quick")

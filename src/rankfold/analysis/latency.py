@@ -10,7 +10,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import nn
 
 from rankfold.analysis.timing_cache import TimingCache
 from rankfold.batches import Forward, device_of, run, running
-from rankfold.measure import latencies, with_memory_format
+from rankfold.measure import latencies, wait, with_memory_format
 from rankfold.merging import planned_form
 from rankfold.methods import Method, Rank
 from rankfold.progress import Progress, silent
@@ -33,6 +33,7 @@ _GRID = {1: 6, 2: 4}  # ranks timed per entry, by the number of entries; 3 for m
 _SLOW_GRID = {1: 4, 2: 3}  # where each has to be compiled or exported first
 _RUNS = (5, 60)
 _SECONDS = 0.04
+_MUCH_FASTER = 0.85  # of the time in channels-last format: the network stays contiguous
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ def time_network(
 ) -> tuple[NetworkTiming, dict[str, LayerTiming]]:
     """Time the network on the batch in eval mode, and each layer with all that could replace it.
 
-    In channels-last format if the network has 2-D convolutions, in which thin ones gain most, and
-    the runtime lets one choose. The network itself is timed anew, layers are looked up in the cache
-    first.
+    In channels-last format if the network has 2-D convolutions, because thin ones gain most in it,
+    unless the runtime leaves no choice or the network is much slower so. The network itself is
+    timed anew, layers are looked up in the cache first.
     """
     device = device_of(model)
     formats = ["contiguous"]
@@ -100,13 +101,49 @@ def time_network(
     with running(networks[0]), running(networks[-1]), torch.no_grad():
         calls = [caller(network, batch, forward, runtime) for network in networks]
         whole = latencies(calls, device, progress)
-    stopwatch = _Stopwatch(device, formats[-1], runtime, cache)
+        chosen = 0 if whole[0] < _MUCH_FASTER * whole[-1] else len(whole) - 1
+        inside = None
+        if runtime == "eager":
+            replaced = [networks[chosen].get_submodule(layer.name) for layer in layers]
+            inside = _inside(replaced, calls[chosen], device)
+    stopwatch = _Stopwatch(device, formats[chosen], runtime, cache)
     timings = {layer.name: stopwatch.layer(layer) for layer in progress(layers, "timing layers")}
-    rest = max(0.0, whole[-1] - sum(timing.dense_ms for timing in timings.values()))
+    if inside is None:  # layers cannot be told apart within
+        inside = sum(timing.dense_ms for timing in timings.values())
+    rest = max(0.0, whole[chosen] - inside)
+    threads = torch.get_num_threads()
     network_timing = NetworkTiming(
-        min(whole), rest, formats[-1], device_name(device), torch.get_num_threads(), runtime
+        min(whole), rest, formats[chosen], device_name(device), threads, runtime
     )
     return network_timing, timings
+
+
+def _inside(layers: Sequence[nn.Module], call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds that a network spends in these layers, as it runs."""
+    started = spent = 0.0
+
+    def start(module: nn.Module, inputs: Any) -> None:
+        nonlocal started
+        wait(device)
+        started = time.perf_counter()
+
+    def stop(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal spent
+        wait(device)
+        spent += time.perf_counter() - started
+
+    hooks = [layer.register_forward_pre_hook(start) for layer in layers]
+    hooks += [layer.register_forward_hook(stop) for layer in layers]
+    found = []
+    try:
+        for _ in range(_RUNS[0]):
+            spent = 0.0
+            call()
+            found.append(spent)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 1e3 * statistics.median(found)
 
 
 def device_name(device: torch.device) -> str:
@@ -214,8 +251,7 @@ def milliseconds(layer: nn.Module, given: torch.Tensor) -> float:
     def once() -> float:
         start = time.perf_counter()
         layer(given)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        wait(device)
         return time.perf_counter() - start
 
     once()
