@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import make_data, make_labelled, make_model
@@ -69,6 +71,36 @@ def test_a_latency_out_of_reach_is_refused_with_what_was_reached(analysis, monke
             make_model(), analysis, 0.2, make_data()[0], lambda aim: analysis.plan(params=0.4)
         )
     assert caught.value.smallest["latency"] == pytest.approx(0.8)
+
+
+def test_a_plan_out_of_reach_as_predicted_is_tried_all_the_same(analysis, monkeypatch) -> None:
+    """The clock is kinder than the predictions."""
+    clock(monkeypatch, float)
+    asked: list[float] = []
+
+    def make_plan(aim: float) -> rankfold.Plan:
+        asked.append(aim)
+        if aim < 0.6:
+            raise BudgetError("out of reach", {"latency": 0.6})
+        return analysis.plan(params=0.5)
+
+    timed = plan_to_latency(make_model(), analysis, 0.5, make_data()[0], make_plan)
+    assert asked[0] == 0.5 and asked[1] == pytest.approx(0.6, rel=0.05)
+    assert timed.share == pytest.approx(0.5, abs=0.07)
+
+
+def test_predictions_are_corrected_by_what_the_plan_before_missed_by(analysis) -> None:
+    plan = analysis.plan(params=0.5)
+
+    def tried(predicted: float | None, share: float) -> search.TimedPlan:
+        after = replace(plan.after, latency_ms=predicted)
+        return search.TimedPlan(replace(plan, after=after), make_model(), share)
+
+    first, missed_by = search._corrected(tried(10.0, 0.4), 1.0, 50.0)
+    assert first.plan.after.latency_ms == 10 and missed_by == 2
+    second, missed_by = search._corrected(tried(8.0, 0.32), missed_by, 50.0)
+    assert second.plan.after.latency_ms == 16 and missed_by == 2
+    assert search._corrected(tried(None, 0.3), 2.0, 50.0)[1] == 2
 
 
 def test_the_users_model_keeps_its_modes(analysis, monkeypatch) -> None:

@@ -64,24 +64,31 @@ def plan_to_latency(
     """The plan whose whole network, measured beside the dense one, takes `latency` of its time.
 
     `latency` is a share of the dense time, or above 1 milliseconds. `make_plan` makes a plan for a
-    predicted latency; where the clock says otherwise it is asked again, in proportion. Layers whose
-    dense form is as fast in the finished network are put back. If nothing can be gained at all, the
-    plan leaves every layer dense. Raises BudgetError if the latency is out of reach.
+    predicted latency; where the clock says otherwise it is asked again, in proportion, and what the
+    plan predicts for the whole network is corrected by what the plan before it missed by. Layers
+    whose dense form is as fast in the finished network are put back. If nothing can be gained at
+    all, the plan leaves every layer dense. Raises BudgetError if the latency is out of reach.
     """
     assert analysis.timing is not None
     target = latency if latency <= 1 else latency / analysis.timing.dense_ms
-    aim, best = target, None
+    aim, best, missed_by = target, None, 1.0
     for _ in range(_ROUNDS):
         try:
             plan = make_plan(aim)
         except BudgetError as error:
+            smallest = error.smallest.get("latency", 0.0)
             if best is not None:
                 break
-            if error.smallest.get("latency", 0.0) < 1:
+            if smallest >= 1:
+                plan = replace(analysis.plan(macs=1.0), request={"latency": latency})
+                return _dense_plan(model, plan, "no layer gets faster by any method")
+            if smallest <= aim:  # it is another budget that is out of reach
                 raise
-            plan = replace(analysis.plan(macs=1.0), request={"latency": latency})
-            return _dense_plan(model, plan, "no layer gets faster by any method")
+            # Out of reach as predicted: what does the clock say of the fastest plan there is?
+            aim = smallest * (1 + _CLOSE)
+            plan = make_plan(aim)
         tried = _timed(model, analysis, plan, batch, forward, progress)
+        tried, missed_by = _corrected(tried, missed_by, analysis.timing.dense_ms)
         if best is None or _misses(tried.share, target) < _misses(best.share, target):
             best = tried
         if abs(tried.share - target) <= _CLOSE or not plan.factorized:
@@ -98,6 +105,16 @@ def plan_to_latency(
     if best.share >= 1:
         return _dense_plan(model, best.plan, "nothing that was tried was faster")
     return best
+
+
+def _corrected(tried: TimedPlan, missed_by: float, dense_ms: float) -> tuple[TimedPlan, float]:
+    """The plan, its predicted latency times this, and what should have been in its place."""
+    predicted = tried.plan.after.latency_ms
+    if not predicted:
+        return tried, missed_by
+    after = replace(tried.plan.after, latency_ms=missed_by * predicted)
+    corrected = replace(tried, plan=replace(tried.plan, after=after))
+    return corrected, tried.share * dense_ms / predicted
 
 
 def _dense_plan(model: nn.Module, plan: Plan, reason: str) -> TimedPlan:
