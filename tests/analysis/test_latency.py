@@ -158,9 +158,9 @@ def test_times_are_remembered_by_device_threads_shape_and_precision(monkeypatch)
 
     def dense_ms(module: nn.Module, *shapes: tuple[int, ...]) -> float:
         dtype = next(module.parameters()).dtype
-        layers = [LayerToTime("only", module, shapes, {}, {})]
+        layers = [LayerToTime("0", module, shapes, {}, {})]
         batch = torch.zeros(4, 8, dtype=dtype)
-        return time_network(nn.Sequential(module), batch, layers, run, cache)[1]["only"].dense_ms
+        return time_network(nn.Sequential(module), batch, layers, run, cache)[1]["0"].dense_ms
 
     assert dense_ms(layer, (4, 8)) == dense_ms(layer, (4, 8)) == 1
     assert dense_ms(layer, (5, 8)) == 2
