@@ -7,6 +7,12 @@ layer back. How the factors are found is the business of `rankfold.methods`.
 
 from rankfold.layers.chain import CONVOLUTIONS, Convolution
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
+from rankfold.layers.separable import (
+    SeparableBottleneck,
+    SeparableConvolution,
+    separable_limit,
+    split_kernel,
+)
 from rankfold.layers.tucker import TuckerConvolution
 from rankfold.layers.two_factor import TwoFactorConvolution, TwoFactorLinear
 
@@ -15,9 +21,13 @@ __all__ = [
     "Convolution",
     "Dense",
     "Form",
+    "SeparableBottleneck",
+    "SeparableConvolution",
     "TuckerConvolution",
     "TwoFactorConvolution",
     "TwoFactorLinear",
     "assign_factors",
     "check_ranks",
+    "separable_limit",
+    "split_kernel",
 ]

@@ -6,10 +6,14 @@ uses the first method that applies to a layer; a budget lets all of them compete
 
 from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_ranks
 from rankfold.methods.moments import WEIGHT_METRIC, Moments
+from rankfold.methods.separable import Separable
+from rankfold.methods.separable3 import Separable3
 from rankfold.methods.svd import LowRank
 from rankfold.methods.tucker2 import Tucker2
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Tucker2, LowRank)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Tucker2, LowRank, Separable, Separable3)
+}
 
 __all__ = [
     "METHODS",
@@ -19,6 +23,8 @@ __all__ = [
     "Method",
     "Moments",
     "Rank",
+    "Separable",
+    "Separable3",
     "Spectrum",
     "Tucker2",
     "aligned_ranks",

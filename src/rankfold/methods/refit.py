@@ -26,6 +26,11 @@ def best_last_factor(
     gram = seen @ features.double().flatten(1).mT
     gram = (gram + gram.mT) / 2
     crossed = weight.double().flatten(1) @ seen.mT
+    return solve(gram, crossed)
+
+
+def solve(gram: torch.Tensor, crossed: torch.Tensor) -> torch.Tensor:
+    """The x, (rows, rank), of x @ gram = crossed; of the least norm where there are many."""
     ridge = _RIDGE * gram.diagonal().mean()
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     lower, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
