@@ -172,8 +172,8 @@ def closed_form_cost(method: str, layer: nn.Module, rank, given, made):
             (r_out * outputs, positions_out),
         ]
     else:
-        # The first axis longer than 1 and those before it have been walked along.
-        vertical = next(axis for axis, length in enumerate(layer.kernel_size) if length > 1) + 1
+        # The axes before the second that is longer than 1 come first.
+        _, vertical, *_ = (axis for axis, length in enumerate(layer.kernel_size) if length > 1)
         column = torch.Size(layer.kernel_size[:vertical]).numel()
         row = kernel // column
         halfway = torch.Size([*made[2 : 2 + vertical], *given[2 + vertical :]]).numel() * given[0]

@@ -63,8 +63,8 @@ def all_axes(layer: Convolution) -> tuple[int, ...]:
 def axis_groups(layer: Convolution) -> list[tuple[int, ...]]:
     """The axes of the kernel, neighbours together, so that one of each group is longer than 1.
 
-    What is 1 long goes with what it stands before, at the end with what it stands behind; of a
-    pointwise kernel all axes are one group.
+    What is 1 long goes with the axes before it, at the start with the one after; of a pointwise
+    kernel all axes are one group.
     """
     groups: list[tuple[int, ...]] = [()]
     for axis, length in enumerate(layer.kernel_size):

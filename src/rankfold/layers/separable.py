@@ -12,7 +12,7 @@ from rankfold.layers.form import check_ranks
 
 
 def two_groups(layer: Convolution) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes up to the first that is longer than 1, and the others: vertical and horizontal."""
+    """The axes before the second that is longer than 1, and the others: vertical and horizontal."""
     first, *others = axis_groups(layer)
     return first, tuple(axis for group in others for axis in group)
 
@@ -27,8 +27,8 @@ def split_kernel(layer: Convolution) -> torch.Tensor:
 class SeparableConvolution(nn.Sequential):
     """`Conv kx1 in→rank (stride, ... of this axis)`, `Conv 1xk rank→out (of the other)`.
 
-    Scheme 2 of Jaderberg et al. 2014. Of a 3-D kernel the first axis stands alone; an axis 1 long
-    goes with the one after it.
+    Scheme 2 of Jaderberg et al. 2014. Of a 3-D kernel the first axis longer than 1 is the vertical
+    one, the others together are the horizontal.
     """
 
     def __init__(

@@ -110,8 +110,10 @@ class Separated:
         outputs, rank, length = self.horizontal.shape
         root = self.moments.output_roots
         if self.is_best:
-            # The features are not correlated, and of unit variance.
-            responses = self.horizontal.permute(1, 2, 0)
+            # The features are not correlated; of variance 1, or less where they are next to none.
+            seen = self.moments.times_inputs(self.vertical)
+            variances = (seen * self.vertical.flatten(1)).sum(1).clamp_min(0)
+            responses = variances.sqrt()[:, None, None] * self.horizontal.permute(1, 2, 0)
         else:
             gram, crossed = normal_equations(self.weight, self.vertical, self.moments)
             lower = _cholesky(gram)
