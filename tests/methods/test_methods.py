@@ -20,7 +20,11 @@ from rankfold.methods import METHODS, WEIGHT_METRIC, Method, Moments, aligned_ra
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 # Where several factors are fitted in turn, from another start another optimum may be found.
-ALTERNATING = {"tucker2", "separable3"}
+ALTERNATING = {"tucker2", "separable3", "separable-basis"}
+# Whose least error at a rank is out of reach: a layer of exactly this rank is approached.
+APPROACHED = {"separable-basis"}
+# Whose ranks count the filters of one channel, which need no alignment.
+PER_CHANNEL = {"separable-basis"}
 methods = st.sampled_from(sorted(METHODS))
 seeds = st.integers(0, 1000)
 several = settings(max_examples=100, suppress_health_check=[HealthCheck.filter_too_much])
@@ -147,6 +151,9 @@ def test_a_layer_of_exactly_this_rank_is_recovered(name, data, seed) -> None:
     )
     exact = form.to_dense()
     family = method.fit(exact, WEIGHT_METRIC)
+    if name in APPROACHED and rank != full_rank(family):
+        assert weight_error(family.build(rank), exact) ** 2 <= family.loss(rank) + 1e-9 < 0.9
+        return
     assert family.loss(rank) < 1e-9
     assert weight_error(family.build(rank), exact) < 1e-6
 
@@ -186,6 +193,11 @@ def closed_form_cost(method: str, layer: nn.Module, rank, given, made):
                 (inputs * r * column, halfway),
                 (r * q * row, positions_out),
                 (q * outputs, positions_out),
+            ],
+            "separable-basis": lambda m: [
+                (inputs * m * column, halfway),
+                (inputs * m * row, positions_out),
+                (inputs * m * outputs, positions_out),
             ],
         }[method](*rank)
     return sum(p for p, _ in links) + bias, sum(p * positions for p, positions in links)
@@ -303,6 +315,9 @@ def test_impossible_ranks_have_no_loss(name) -> None:
 def test_candidates_are_aligned(method, layer) -> None:
     ranks = method.fit(layer, WEIGHT_METRIC).ranks()
     assert len(set(ranks)) == len(ranks)
+    if method.name in PER_CHANNEL:
+        assert list(ranks) == [(rank,) for rank in range(1, max(ranks)[0] + 1)]
+        return
     for entry in zip(*ranks, strict=True):
         assert all(r % method.alignment == 0 or r == max(entry) for r in entry)
 
@@ -563,8 +578,10 @@ def test_a_metric_serves_every_precision(method, layer, dtype) -> None:
     assert {parameter.dtype for parameter in form.parameters()} == {dtype}
     assert weight_error(form, layer) < rounding[dtype]
     exact = method.fit(double, moments)
+    # A search may take another turn after rounding.
+    least = 1e-2 if method.name in APPROACHED else 1e-3
     for rank in family.ranks():
-        assert family.loss(rank) == pytest.approx(exact.loss(rank), rel=rounding[dtype], abs=1e-3)
+        assert family.loss(rank) == pytest.approx(exact.loss(rank), rel=rounding[dtype], abs=least)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,6 +13,7 @@ from rankfold.layers.separable import (
     separable_limit,
     split_kernel,
 )
+from rankfold.layers.separable_basis import SeparableBasisConvolution
 from rankfold.layers.tucker import TuckerConvolution
 from rankfold.layers.two_factor import TwoFactorConvolution, TwoFactorLinear
 
@@ -21,6 +22,7 @@ __all__ = [
     "Convolution",
     "Dense",
     "Form",
+    "SeparableBasisConvolution",
     "SeparableBottleneck",
     "SeparableConvolution",
     "TuckerConvolution",

@@ -8,11 +8,12 @@ from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_rank
 from rankfold.methods.moments import WEIGHT_METRIC, Moments
 from rankfold.methods.separable import Separable
 from rankfold.methods.separable3 import Separable3
+from rankfold.methods.separable_basis import SeparableBasis
 from rankfold.methods.svd import LowRank
 from rankfold.methods.tucker2 import Tucker2
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Tucker2, LowRank, Separable, Separable3)
+    method.name: method for method in (Tucker2, LowRank, Separable, Separable3, SeparableBasis)
 }
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Rank",
     "Separable",
     "Separable3",
+    "SeparableBasis",
     "Spectrum",
     "Tucker2",
     "aligned_ranks",

@@ -30,11 +30,10 @@ from rankfold.layers import (
 from rankfold.methods.alternating import Factors, alternate, improve
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment
 from rankfold.methods.moments import Moments
-from rankfold.methods.refit import solve
+from rankfold.methods.refit import added_by_each, solve, tail
 
-# Least over greatest eigenvalue of a moment whose inverse root is taken, and of a mean eigenvalue,
-# added to all where a moment is divided by.
-_FLOOR = _RIDGE = 1e-10
+# Least over greatest eigenvalue of a moment whose inverse root is taken.
+_FLOOR = 1e-10
 
 
 @dataclass(frozen=True)
@@ -108,17 +107,14 @@ class Separated:
         the squared error is the rest.
         """
         outputs, rank, length = self.horizontal.shape
+        if not self.is_best:
+            equations = normal_equations(self.weight, self.vertical, self.moments)
+            return added_by_each(*equations, self.moments).reshape(rank, length, outputs)
+        # The features are not correlated; of variance 1, or less where they are next to none.
+        seen = self.moments.times_inputs(self.vertical)
+        variances = (seen * self.vertical.flatten(1)).sum(1).clamp_min(0)
+        responses = variances.sqrt()[:, None, None] * self.horizontal.permute(1, 2, 0)
         root = self.moments.output_roots
-        if self.is_best:
-            # The features are not correlated; of variance 1, or less where they are next to none.
-            seen = self.moments.times_inputs(self.vertical)
-            variances = (seen * self.vertical.flatten(1)).sum(1).clamp_min(0)
-            responses = variances.sqrt()[:, None, None] * self.horizontal.permute(1, 2, 0)
-        else:
-            gram, crossed = normal_equations(self.weight, self.vertical, self.moments)
-            lower = _cholesky(gram)
-            solved = torch.linalg.solve_triangular(lower, crossed.mT, upper=False)
-            responses = solved.reshape(rank, length, outputs)
         return responses if root is None else responses @ root[0]
 
     def refined(self, rank: int) -> Factors:
@@ -238,8 +234,7 @@ def _truncations(
 
 def squared_errors(separated: Separated) -> torch.Tensor:
     """Of the leading 1, 2, ... vertical filters with the best horizontal ones: (full rank,)."""
-    kept = separated.responses.square().sum((1, 2))
-    return torch.cat([kept.flip(0).cumsum(0).flip(0)[1:], kept.new_zeros(1)])
+    return tail(separated.responses.square().sum((1, 2)))
 
 
 def normal_equations(
@@ -309,14 +304,3 @@ def kernel_of(vertical: torch.Tensor, horizontal: torch.Tensor) -> torch.Tensor:
 
 def _symmetric(matrix: torch.Tensor) -> torch.Tensor:
     return (matrix + matrix.mT) / 2
-
-
-def _cholesky(gram: torch.Tensor) -> torch.Tensor:
-    """Of a positive semidefinite matrix, with as much added as that takes."""
-    identity = torch.eye(len(gram)).to(gram)
-    ridge = _RIDGE * gram.diagonal().abs().max().item() or 1.0
-    lower, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
-    while failed:
-        ridge *= 10
-        lower, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
-    return lower

@@ -20,6 +20,7 @@ from rankfold.layers import Convolution, SeparableBottleneck, assign_factors, ch
 from rankfold.methods.alternating import Factors, alternate
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment
 from rankfold.methods.moments import Moments
+from rankfold.methods.refit import tail
 from rankfold.methods.separable import (
     Separated,
     balanced,
@@ -98,11 +99,7 @@ class Separable3Family:
         """
         full, fewest = self._limits
         known = np.unique(np.geomspace(1, full, _PROBES).round().astype(int)).tolist()
-        tails = []
-        for rank in known:
-            squares = self._output_squares(rank)
-            beyond = squares.flip(0).cumsum(0).flip(0)
-            tails.append(torch.cat([beyond[1:], beyond.new_zeros(1)])[:fewest])
+        tails = [tail(self._output_squares(rank))[:fewest] for rank in known]
         following = torch.from_numpy(np.searchsorted(known, np.arange(1, full + 1)))
         cut = torch.stack(tails)[following.to(tails[0].device)]
         lost = squared_errors(self.separated)[:, None] + cut
