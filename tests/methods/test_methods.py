@@ -19,8 +19,10 @@ from rankfold.layers import assign_factors
 from rankfold.methods import METHODS, WEIGHT_METRIC, Method, Moments, aligned_ranks
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+# Of one rank, and too few parameters to be the dense layer: at full rank as near as they come.
+INEXACT = {"flattened"}
 # Where several factors are fitted in turn, from another start another optimum may be found.
-ALTERNATING = {"tucker2", "separable3", "separable-basis"}
+ALTERNATING = {"tucker2", "separable3", "separable-basis", "flattened"}
 # Whose least error at a rank is out of reach: a layer of exactly this rank is approached.
 APPROACHED = {"separable-basis"}
 # Whose ranks count the filters of one channel, which need no alignment.
@@ -57,6 +59,11 @@ def full_rank(family) -> tuple[int, ...]:
     return max(family.ranks())
 
 
+def exact(method: str, tolerance: float) -> float:
+    """The greatest relative error of the weight at full rank."""
+    return 1 if method in INEXACT else tolerance
+
+
 def weight_error(form, layer) -> float:
     return relative(form.to_dense().weight.detach(), layer.weight.detach())
 
@@ -76,7 +83,7 @@ def test_at_full_rank_nothing_changes(name, data, dtype, seed) -> None:
         for parameter in terms.parameters():
             parameter.abs_()
         difference = (form(inputs) - layer(inputs)).norm()
-        assert difference <= TOLERANCE[dtype] * terms(inputs.abs()).norm()
+        assert difference <= exact(name, TOLERANCE[dtype]) * terms(inputs.abs()).norm()
 
 
 @several
@@ -133,7 +140,7 @@ def test_the_loss_is_the_error_and_does_not_grow_with_rank(name, data) -> None:
         )
         losses = [family.loss(r) for r in line]
         assert all(more <= less + 1e-12 for less, more in pairwise(losses))
-    assert family.loss(full_rank(family)) == pytest.approx(0, abs=1e-9)
+    assert family.loss(full_rank(family)) == pytest.approx(0, abs=exact(name, 1e-9))
 
 
 @several
@@ -179,11 +186,16 @@ def closed_form_cost(method: str, layer: nn.Module, rank, given, made):
             (r_out * outputs, positions_out),
         ]
     else:
-        # The axes before the second that is longer than 1 come first.
-        _, vertical, *_ = (axis for axis, length in enumerate(layer.kernel_size) if length > 1)
-        column = torch.Size(layer.kernel_size[:vertical]).numel()
-        row = kernel // column
-        halfway = torch.Size([*made[2 : 2 + vertical], *given[2 + vertical :]]).numel() * given[0]
+        # A convolution along an axis finds the map shortened along those before it.
+        _, *ends = (axis for axis, length in enumerate(layer.kernel_size) if length > 1)
+        starts, ends = [0, *ends], [*ends, len(layer.kernel_size)]
+        lengths = [
+            torch.Size(layer.kernel_size[slice(*ab)]).numel()
+            for ab in zip(starts, ends, strict=True)
+        ]
+        maps = [given[:1] + made[2 : 2 + end] + given[2 + end :] for end in ends]
+        column, row = lengths[0], kernel // lengths[0]
+        halfway = maps[0].numel()
         links = {
             "separable": lambda r: [
                 (inputs * r * column, halfway),
@@ -193,6 +205,10 @@ def closed_form_cost(method: str, layer: nn.Module, rank, given, made):
                 (inputs * r * column, halfway),
                 (r * q * row, positions_out),
                 (q * outputs, positions_out),
+            ],
+            "flattened": lambda _: [
+                (inputs * outputs, positions_in),
+                *((outputs * n, passed.numel()) for n, passed in zip(lengths, maps, strict=True)),
             ],
             "separable-basis": lambda m: [
                 (inputs * m * column, halfway),
@@ -242,7 +258,7 @@ def test_dtype_mode_and_gradients_are_those_of_the_layer(method, layer, dtype) -
     assert not any(module.training for module in form.modules())
     assert not any(factor.weight.requires_grad for factor in form)
     rounding = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float64: 1e-12}
-    assert weight_error(form, layer) < rounding[dtype]
+    assert weight_error(form, layer) < exact(method.name, rounding[dtype])
 
 
 GEOMETRIES = [
@@ -266,7 +282,7 @@ def test_every_geometry_in_every_precision(name, geometry, dtype) -> None:
     inputs = torch.randn(2, 16, 7, 6, dtype=dtype)
     rounding = {torch.float16: 5e-3, torch.bfloat16: 4e-2, **TOLERANCE}
     with torch.no_grad():
-        assert relative(form(inputs), layer(inputs)) < rounding[dtype]
+        assert relative(form(inputs), layer(inputs)) < exact(name, rounding[dtype])
     assert repr(form.to_dense()) == repr(layer)
 
 
@@ -411,8 +427,11 @@ def whitened(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
 def test_in_a_metric_full_rank_is_still_the_dense_layer(method, layer, inputs, gradients) -> None:
     layer, moments = in_a_metric(layer, inputs, gradients)
     family = method.fit(layer, moments)
-    assert weight_error(family.build(full_rank(family)), layer) < 1e-6
-    assert family.loss(full_rank(family)) == pytest.approx(0, abs=1e-9)
+    best = full_rank(family)
+    assert metric_error(moments, family.build(best), layer) < exact(method.name, 1e-9)
+    if method.name not in INEXACT:
+        assert weight_error(family.build(best), layer) < 1e-6
+        assert family.loss(best) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
@@ -467,7 +486,8 @@ def test_in_a_metric_the_loss_does_not_grow_with_rank(method, layer, inputs, gra
     for less, more in product(losses, repeat=2):
         if all(a <= b for a, b in zip(less, more, strict=True)):
             assert losses[more] <= losses[less] + 1e-12
-    assert losses[min(losses)] > 1e-3 > losses[max(losses)]
+    assert losses[min(losses)] > 1e-3
+    assert losses[max(losses)] < exact(method.name, 1e-3)
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -526,7 +546,7 @@ def test_singular_moments_give_finite_factors(method, layer, inputs, gradients) 
     for rank in family.ranks():
         form = family.build(rank)
         assert all(torch.isfinite(parameter).all() for parameter in form.parameters())
-        most = 1e-6 if rank == full_rank(family) else 1 + 1e-6
+        most = exact(method.name, 1e-6) if rank == full_rank(family) else 1 + 1e-6
         assert abs(metric_error(moments, form, layer)) < most
         assert 0 <= family.loss(rank) <= most
 
@@ -540,6 +560,9 @@ def test_at_full_rank_singular_moments_change_nothing(
     layer, moments = in_a_metric(layer, inputs, gradients, rank=2)
     family = method.fit(layer, moments)
     # Moments are singular but for a floor of 1e-10: half of float64's digits are lost.
+    if method.name in INEXACT:
+        assert metric_error(moments, family.build(full_rank(family)), layer) < 1
+        return
     assert weight_error(family.build(full_rank(family)), layer) < 2e-4
 
 
@@ -576,12 +599,17 @@ def test_a_metric_serves_every_precision(method, layer, dtype) -> None:
     rounding = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4}
     form = family.build(full_rank(family))
     assert {parameter.dtype for parameter in form.parameters()} == {dtype}
-    assert weight_error(form, layer) < rounding[dtype]
-    exact = method.fit(double, moments)
+    if method.name in INEXACT:
+        assert metric_error(moments, form, layer) < 1
+    else:
+        assert weight_error(form, layer) < rounding[dtype]
+    in_double = method.fit(double, moments)
     # A search may take another turn after rounding.
     least = 1e-2 if method.name in APPROACHED else 1e-3
     for rank in family.ranks():
-        assert family.loss(rank) == pytest.approx(exact.loss(rank), rel=rounding[dtype], abs=least)
+        assert family.loss(rank) == pytest.approx(
+            in_double.loss(rank), rel=rounding[dtype], abs=least
+        )
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -5,7 +5,8 @@ geometry (stride, padding, dilation, bias, dtype) of one dense layer, and `to_de
 layer back. How the factors are found is the business of `rankfold.methods`.
 """
 
-from rankfold.layers.chain import CONVOLUTIONS, Convolution
+from rankfold.layers.chain import CONVOLUTIONS, Convolution, axis_groups
+from rankfold.layers.flattened import FlattenedConvolution
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
 from rankfold.layers.separable import (
     SeparableBottleneck,
@@ -21,6 +22,7 @@ __all__ = [
     "CONVOLUTIONS",
     "Convolution",
     "Dense",
+    "FlattenedConvolution",
     "Form",
     "SeparableBasisConvolution",
     "SeparableBottleneck",
@@ -29,6 +31,7 @@ __all__ = [
     "TwoFactorConvolution",
     "TwoFactorLinear",
     "assign_factors",
+    "axis_groups",
     "check_ranks",
     "separable_limit",
     "split_kernel",
