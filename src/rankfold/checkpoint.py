@@ -113,7 +113,7 @@ def load(
             raise PlanError(f"method '{entry.method}' does not take it: {reason}")
         weight = next(layer.parameters())
         form = method.skeleton(layer, entry.rank or ()).to_empty(device=weight.device)
-        return form.requires_grad_(weight.requires_grad)
+        return form if weight.requires_grad else form.requires_grad_(False)
 
     try:
         model = replace_layers(model, plan, skeleton)

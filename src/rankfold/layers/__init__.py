@@ -6,6 +6,7 @@ layer back. How the factors are found is the business of `rankfold.methods`.
 """
 
 from rankfold.layers.chain import CONVOLUTIONS, Convolution, axis_groups
+from rankfold.layers.fixed_basis import FixedBasisConvolution
 from rankfold.layers.flattened import FlattenedConvolution
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
 from rankfold.layers.separable import (
@@ -22,6 +23,7 @@ __all__ = [
     "CONVOLUTIONS",
     "Convolution",
     "Dense",
+    "FixedBasisConvolution",
     "FlattenedConvolution",
     "Form",
     "SeparableBasisConvolution",

@@ -4,6 +4,7 @@ Order matters in one way: a rule that reads ranks off one spectrum (EVBMF, energ
 uses the first method that applies to a layer; a budget lets all of them compete.
 """
 
+from rankfold.methods.fixed_basis import FixedBasis
 from rankfold.methods.flattened import Flattened
 from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_ranks
 from rankfold.methods.moments import WEIGHT_METRIC, Moments
@@ -15,13 +16,22 @@ from rankfold.methods.tucker2 import Tucker2
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Tucker2, LowRank, Separable, Separable3, SeparableBasis, Flattened)
+    for method in (
+        Tucker2,
+        LowRank,
+        Separable,
+        Separable3,
+        SeparableBasis,
+        Flattened,
+        FixedBasis,
+    )
 }
 
 __all__ = [
     "METHODS",
     "WEIGHT_METRIC",
     "Family",
+    "FixedBasis",
     "Flattened",
     "LowRank",
     "Method",

@@ -15,7 +15,6 @@ from torch import nn
 
 from rankfold.decompose.decomposition import working_precision
 from rankfold.layers import (
-    CONVOLUTIONS,
     Convolution,
     FlattenedConvolution,
     assign_factors,
@@ -23,7 +22,7 @@ from rankfold.layers import (
     check_ranks,
 )
 from rankfold.methods.alternating import Factors, alternate, improve
-from rankfold.methods.method import Rank, Spectrum, check_alignment
+from rankfold.methods.method import Rank, Spectrum, check_alignment, why_not_convolution
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import solve
 
@@ -44,13 +43,9 @@ class Flattened:
         check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
-        if not isinstance(layer, CONVOLUTIONS) or type(layer) not in CONVOLUTIONS:
-            return f"no factorization for {type(layer).__name__} layers"
-        if layer.weight.numel() == 0:
-            return "its weight is empty"
-        if layer.groups != 1:
-            return f"grouped convolution, groups={layer.groups}"
-        if layer.weight[0, 0].numel() == 1:
+        if (reason := why_not_convolution(layer)) is not None:
+            return reason
+        if layer.get_parameter("weight").shape[2:].numel() == 1:
             return "a 1x1 kernel has no axes to flatten: svd serves it"
         return None
 

@@ -19,7 +19,6 @@ from rankfold.decompose import symmetric_roots
 from rankfold.decompose.decomposition import working_precision
 from rankfold.decompose.matrix import leading_eigenvectors
 from rankfold.layers import (
-    CONVOLUTIONS,
     Convolution,
     SeparableConvolution,
     assign_factors,
@@ -28,7 +27,13 @@ from rankfold.layers import (
     split_kernel,
 )
 from rankfold.methods.alternating import Factors, alternate, improve
-from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment
+from rankfold.methods.method import (
+    Rank,
+    Spectrum,
+    aligned_ranks,
+    check_alignment,
+    why_not_convolution,
+)
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import added_by_each, solve, tail
 
@@ -62,14 +67,11 @@ class Separable:
 
 def why_not_separable(layer: nn.Module) -> str | None:
     """Why a kernel cannot be taken apart along its axes, or None."""
-    if not isinstance(layer, CONVOLUTIONS) or type(layer) not in CONVOLUTIONS:
-        return f"no factorization for {type(layer).__name__} layers"
-    if layer.weight.numel() == 0:
-        return "its weight is empty"
-    if layer.groups != 1:
-        return f"grouped convolution, groups={layer.groups}"
-    if sum(length > 1 for length in layer.kernel_size) < 2:
-        size = "x".join(map(str, layer.kernel_size))
+    if (reason := why_not_convolution(layer)) is not None:
+        return reason
+    lengths = layer.get_parameter("weight").shape[2:]
+    if sum(length > 1 for length in lengths) < 2:
+        size = "x".join(map(str, lengths))
         return f"a kernel of {size} has no two axes to take apart: svd serves it"
     return None
 

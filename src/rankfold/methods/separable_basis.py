@@ -25,8 +25,8 @@ from rankfold.layers import (
 )
 from rankfold.methods.alternating import Factors, alternate, improve
 from rankfold.methods.method import Rank, Spectrum, check_alignment
-from rankfold.methods.moments import WEIGHT_METRIC, Moments
-from rankfold.methods.refit import added_by_each, solve, tail
+from rankfold.methods.mixture import best_mixture, errors_by_filter, mixed
+from rankfold.methods.moments import Moments
 from rankfold.methods.separable import why_not_separable
 
 _POWER_ITERATIONS = 5
@@ -86,11 +86,9 @@ class SeparableBasisFamily:
     @cached_property
     def _losses(self) -> torch.Tensor:
         """Of each rank from 1 on: (full rank,)."""
-        equations = _normal_equations(self.weight, self.vertical, self.horizontal, self.moments)
-        added = added_by_each(*equations, self.moments).square().sum(-1)
-        # The features of one input channel each, or those of all, filter by filter.
-        by_filter = added.reshape(len(added), len(self.vertical), -1).sum((0, 2))
-        return self.moments.loss_of(tail(by_filter), self.weight)
+        filters = _filters(self.vertical, self.horizontal)
+        lost = errors_by_filter(self.weight.flatten(2), filters, self.moments)
+        return self.moments.loss_of(lost, self.weight)
 
     def loss(self, rank: Rank) -> float:
         """That of the filters of the pursuit; `build` goes on to refine them."""
@@ -100,8 +98,8 @@ class SeparableBasisFamily:
     def build(self, rank: Rank) -> nn.Sequential:
         check_ranks(rank, (len(self.vertical),), self.layer)
         vertical, horizontal = self.vertical[: rank[0]], self.horizontal[: rank[0]]
-        last = _best_last(self.weight, vertical, horizontal, None, WEIGHT_METRIC)
-        last = _best_last(self.weight, vertical, horizontal, last, self.moments)
+        filters = _filters(vertical, horizontal)
+        last = best_mixture(self.weight.flatten(2), filters, self.moments)
         vertical, horizontal, last = alternate(
             (vertical, horizontal, last), self._sweep, _kernel_of, self.weight, self.moments
         )
@@ -139,8 +137,8 @@ class SeparableBasisFamily:
             moments,
             lambda residual: precondition(residual, vertical),
         )
-        last = _best_last(weight, vertical, horizontal, last, moments)
-        return vertical, horizontal, last
+        filters = _filters(vertical, horizontal)
+        return vertical, horizontal, best_mixture(weight.flatten(2), filters, moments, last)
 
     def _sizes(self, last: torch.Tensor) -> torch.Tensor:
         """How much a change of each filter's scale counts: (filters, in)."""
@@ -152,8 +150,13 @@ def _kernel_of(
     vertical: torch.Tensor, horizontal: torch.Tensor, last: torch.Tensor
 ) -> torch.Tensor:
     """The kernel (out, in, vertical, horizontal)."""
-    filters = vertical[..., None] * horizontal[:, :, None, :]
-    return torch.einsum("omi,mihw->oihw", last, filters)
+    kernel = mixed(_filters(vertical, horizontal), last)
+    return kernel.unflatten(2, (vertical.shape[2], -1))
+
+
+def _filters(vertical: torch.Tensor, horizontal: torch.Tensor) -> torch.Tensor:
+    """(filters, in or 1, places)."""
+    return (vertical[..., None] * horizontal[:, :, None, :]).flatten(2)
 
 
 def _variances(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
@@ -211,49 +214,3 @@ def _pursue(tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _leading(gram: torch.Tensor) -> torch.Tensor:
     """The eigenvector (batch, n) of the greatest eigenvalue."""
     return torch.linalg.eigh((gram + gram.mT) / 2).eigenvectors[..., -1]
-
-
-def _normal_equations(
-    weight: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, moments: Moments
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of the last factor: (groups, features, features) and (groups, out, features).
-
-    Where channels are not correlated, each is a group with its filters for features; otherwise all
-    features are one group, (filters, in) flattened.
-    """
-    outputs, inputs, *places = weight.shape
-    filters = (vertical[..., None] * horizontal[:, :, None, :]).flatten(2)
-    filters = filters.expand(-1, inputs, -1)
-    if moments.inputs is None:
-        by_channel = filters.movedim(1, 0)
-        return by_channel @ by_channel.mT, weight.flatten(2).movedim(1, 0) @ by_channel.mT
-    length = math.prod(places)
-    if len(moments.inputs) == inputs:
-        seen = torch.einsum("mip,ij->mijp", filters, moments.inputs).reshape(-1, inputs, length)
-    else:
-        patches = moments.inputs.reshape(inputs, length, -1)
-        seen = torch.einsum("mip,ipn->min", filters, patches).reshape(-1, inputs, length)
-    gram = torch.einsum("xip,mip->xmi", seen, filters).reshape(len(seen), -1)
-    crossed = weight.reshape(outputs, -1) @ seen.flatten(1).mT
-    return (gram + gram.mT)[None] / 2, crossed[None]
-
-
-def _best_last(
-    weight: torch.Tensor,
-    vertical: torch.Tensor,
-    horizontal: torch.Tensor,
-    start: torch.Tensor | None,
-    moments: Moments,
-) -> torch.Tensor:
-    """The last factor (out, filters, in) of the least error; from `start` on, where given.
-
-    What no input shows stays as it is there.
-    """
-    outputs, inputs = weight.shape[:2]
-    if start is None:
-        start = weight.new_zeros(outputs, len(vertical), inputs)
-    rest = weight - _kernel_of(vertical, horizontal, start)
-    solved = solve(*_normal_equations(rest, vertical, horizontal, moments))
-    if moments.inputs is None:
-        return start + solved.movedim(0, 2)
-    return start + solved.reshape(start.shape)
