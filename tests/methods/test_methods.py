@@ -111,6 +111,11 @@ def full_rank(family) -> tuple[int, ...]:
     return max(family.ranks())
 
 
+def reachable(method: str, tolerance: float) -> float:
+    """The greatest relative error of the weight at full rank."""
+    return 1 if method in INEXACT else tolerance
+
+
 def weight_error(form, layer) -> float:
     return relative(form.to_dense().weight.detach(), layer.weight.detach())
 
@@ -130,7 +135,7 @@ def test_at_full_rank_nothing_changes(name, data, dtype, seed) -> None:
         for parameter in terms.parameters():
             parameter.abs_()
         difference = (form(inputs) - layer(inputs)).norm()
-        assert difference <= TOLERANCE[dtype] * terms(inputs.abs()).norm()
+        assert difference <= reachable(name, TOLERANCE[dtype]) * terms(inputs.abs()).norm()
 
 
 @several
@@ -181,7 +186,7 @@ def test_the_loss_is_the_error_and_does_not_grow_with_rank(name, data) -> None:
         )
         losses = [family.loss(r) for r in line]
         assert all(more <= less + 1e-12 for less, more in pairwise(losses))
-    assert family.loss(full_rank(family)) == pytest.approx(0, abs=1e-9)
+    assert family.loss(full_rank(family)) == pytest.approx(0, abs=reachable(name, 1e-9))
 
 
 @several
@@ -193,6 +198,9 @@ def test_a_layer_of_exactly_this_rank_is_recovered(name, data, seed) -> None:
     form = with_random_factors(method.fit(layer, WEIGHT_METRIC).build(rank), seed)
     exact = form.to_dense()
     family = method.fit(exact, WEIGHT_METRIC)
+    if name in APPROACHED and rank != full_rank(family):
+        assert weight_error(family.build(rank), exact) ** 2 <= family.loss(rank) + 1e-9 < 0.9
+        return
     assert family.loss(rank) < 1e-9
     assert weight_error(family.build(rank), exact) < 1e-6
 
@@ -234,7 +242,8 @@ def test_costs_are_those_of_the_closed_formulas(name, data) -> None:
     assert count_parameters(skeleton) == groups * parameters + bias
     assert count_layer_macs(skeleton, [shape]) == groups * macs
     dense = copy.deepcopy(layer).to("meta")
-    assert count_layer_macs(dense, [shape]) == layer.weight.numel() * outputs
+    positions = made.numel() // layer.weight.shape[0]
+    assert count_layer_macs(dense, [shape]) == layer.weight.numel() * positions
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
@@ -261,7 +270,7 @@ def test_dtype_mode_and_gradients_are_those_of_the_layer(method, layer, dtype) -
     assert not any(module.training for module in form.modules())
     assert not any(factor.weight.requires_grad for factor in factors_of(form))
     rounding = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float64: 1e-12}
-    assert weight_error(form, layer) < rounding[dtype]
+    assert weight_error(form, layer) < reachable(method.name, rounding[dtype])
 
 
 GEOMETRIES = [
@@ -285,7 +294,7 @@ def test_every_geometry_in_every_precision(name, geometry, dtype) -> None:
     inputs = torch.randn(2, 16, 7, 6, dtype=dtype)
     rounding = {torch.float16: 5e-3, torch.bfloat16: 4e-2, **TOLERANCE}
     with torch.no_grad():
-        assert relative(form(inputs), layer(inputs)) < rounding[dtype]
+        assert relative(form(inputs), layer(inputs)) < reachable(name, rounding[dtype])
     assert repr(form.to_dense()) == repr(layer)
 
 
@@ -299,7 +308,8 @@ def test_a_bias_may_be_frozen_alone_and_no_memory_is_shared(method, layer) -> No
     before = copy.deepcopy(form.state_dict())
     assert all(module.training for module in form.modules())
     for name, parameter in form.named_parameters():
-        assert parameter.requires_grad == name.endswith("weight")
+        fixed = method.name in FIXED and name == "0.weight"
+        assert parameter.requires_grad == (name.endswith("weight") and not fixed)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()
@@ -334,9 +344,22 @@ def test_impossible_ranks_have_no_loss(name) -> None:
 def test_candidates_are_aligned(method, layer) -> None:
     ranks = method.fit(layer, WEIGHT_METRIC).ranks()
     assert len(set(ranks)) == len(ranks)
+    if method.name in PER_CHANNEL:
+        assert list(ranks) == [(rank,) for rank in range(1, max(ranks)[0] + 1)]
+        return
     for entry in zip(*ranks, strict=True):
         together = method.method.alignment // groups_of(layer)
         assert all(r % together == 0 or r == max(entry) for r in entry)
+
+
+def unfoldings(method: str, layer: nn.Module) -> list[torch.Tensor]:
+    """What each entry of a rank truncates."""
+    weight = layer.weight.detach()
+    by_mode = [weight.movedim(mode, 0).flatten(1) for mode in (0, 1)]
+    if not method.startswith("separable"):
+        return by_mode
+    split = weight.permute(1, 2, 0, *range(3, weight.dim())).flatten(0, 1).flatten(1)
+    return [split, by_mode[0]]
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
@@ -442,8 +465,11 @@ def whitened(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
 def test_in_a_metric_full_rank_is_still_the_dense_layer(method, layer, inputs, gradients) -> None:
     layer, moments = in_a_metric(layer, inputs, gradients)
     family = method.fit(layer, moments)
-    assert weight_error(family.build(full_rank(family)), layer) < 1e-6
-    assert family.loss(full_rank(family)) == pytest.approx(0, abs=1e-9)
+    best = full_rank(family)
+    assert metric_error(moments, family.build(best), layer) < reachable(method.name, 1e-9)
+    if method.name not in INEXACT:
+        assert weight_error(family.build(best), layer) < 1e-6
+        assert family.loss(best) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
@@ -482,10 +508,10 @@ def test_a_scale_is_the_unit_of_the_loss(method, layer) -> None:
 def test_a_metric_is_served_better_by_what_is_fitted_in_it(
     method, layer, inputs, gradients
 ) -> None:
-    """Than by what is fitted to the weight alone; HOOI finds no more than a local optimum."""
+    """Than by what is fitted to the weight alone; alternation finds a local optimum."""
     layer, moments = in_a_metric(layer, inputs, gradients)
     family, plain = method.fit(layer, moments), method.fit(layer, WEIGHT_METRIC)
-    slack = 1.02 if method.name == "tucker2" else 1 + 1e-6
+    slack = 1.02 if method.name in ALTERNATING else 1 + 1e-6
     errors, others = [], []
     for rank in family.ranks():
         errors.append(metric_error(moments, family.build(rank), layer))
@@ -562,7 +588,7 @@ def test_singular_moments_give_finite_factors(method, layer, inputs, gradients) 
     for rank in family.ranks():
         form = family.build(rank)
         assert all(torch.isfinite(parameter).all() for parameter in form.parameters())
-        most = 1e-6 if rank == full_rank(family) else 1 + 1e-6
+        most = reachable(method.name, 1e-6) if rank == full_rank(family) else 1 + 1e-6
         assert abs(metric_error(moments, form, layer)) < most
         assert 0 <= family.loss(rank) <= most
 
@@ -616,10 +642,17 @@ def test_a_metric_serves_every_precision(method, layer, dtype) -> None:
     rounding = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4}
     form = family.build(full_rank(family))
     assert {parameter.dtype for parameter in form.parameters()} == {dtype}
-    assert weight_error(form, layer) < rounding[dtype]
-    exact = method.fit(double, moments)
+    if method.name in INEXACT:
+        assert metric_error(moments, form, layer) < 1
+    else:
+        assert weight_error(form, layer) < rounding[dtype]
+    in_double = method.fit(double, moments)
+    # A search may take another turn after rounding.
+    least = 1e-2 if method.name in APPROACHED else 1e-3
     for rank in family.ranks():
-        assert family.loss(rank) == pytest.approx(exact.loss(rank), rel=rounding[dtype], abs=1e-3)
+        assert family.loss(rank) == pytest.approx(
+            in_double.loss(rank), rel=rounding[dtype], abs=least
+        )
 
 
 @pytest.mark.parametrize("name", KERNEL_METHODS)

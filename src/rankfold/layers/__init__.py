@@ -6,7 +6,9 @@ layer back; a recurrent layer is a smaller one and a readout, and no other layer
 the factors are found is the business of `rankfold.methods`.
 """
 
-from rankfold.layers.chain import CONVOLUTIONS, Convolution
+from rankfold.layers.chain import CONVOLUTIONS, Convolution, axis_groups
+from rankfold.layers.fixed_basis import FixedBasisConvolution
+from rankfold.layers.flattened import FlattenedConvolution
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
 from rankfold.layers.grouped import GroupedConvolution
 from rankfold.layers.recurrent import (
@@ -17,6 +19,13 @@ from rankfold.layers.recurrent import (
     directions_of,
 )
 from rankfold.layers.selected import ChannelSelection, SelectedChannels
+from rankfold.layers.separable import (
+    SeparableBottleneck,
+    SeparableConvolution,
+    separable_limit,
+    split_kernel,
+)
+from rankfold.layers.separable_basis import SeparableBasisConvolution
 from rankfold.layers.transposed import (
     TRANSPOSED,
     Transposed,
@@ -34,10 +43,15 @@ __all__ = [
     "Convolution",
     "Dense",
     "FewerUnits",
+    "FixedBasisConvolution",
+    "FlattenedConvolution",
     "Form",
     "GroupedConvolution",
     "Recurrent",
     "SelectedChannels",
+    "SeparableBasisConvolution",
+    "SeparableBottleneck",
+    "SeparableConvolution",
     "Transposed",
     "TransposedConvolution",
     "TuckerConvolution",
@@ -45,7 +59,10 @@ __all__ = [
     "TwoFactorLinear",
     "adjoint_weights",
     "assign_factors",
+    "axis_groups",
     "block_names",
     "check_ranks",
     "directions_of",
+    "separable_limit",
+    "split_kernel",
 ]

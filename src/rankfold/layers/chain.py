@@ -77,6 +77,20 @@ def kernel_of(links: Sequence[tuple[torch.Tensor, int]], copies: int = 1) -> tor
     return found.flatten(0, 1)
 
 
+def axis_groups(layer: Convolution) -> list[tuple[int, ...]]:
+    """The axes of the kernel, neighbours together, so that one of each group is longer than 1.
+
+    What is 1 long goes with the axes before it, at the start with the one after; of a pointwise
+    kernel all axes are one group.
+    """
+    groups: list[tuple[int, ...]] = [()]
+    for axis, length in enumerate(layer.kernel_size):
+        if length > 1 and any(layer.kernel_size[before] > 1 for before in groups[-1]):
+            groups.append(())
+        groups[-1] += (axis,)
+    return groups
+
+
 def combined_geometry(links: Sequence[Any]) -> dict[str, Any]:
     """Stride, padding, dilation (and output padding) of the layer that a chain represents."""
 

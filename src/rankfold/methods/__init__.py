@@ -5,21 +5,40 @@ uses the first method that applies to a layer; a budget lets all of them compete
 """
 
 from rankfold.methods.fewer_units import RemoveUnits
+from rankfold.methods.fixed_basis import FixedBasis
+from rankfold.methods.flattened import Flattened
 from rankfold.methods.full_rank import FullRank
 from rankfold.methods.interpolative import Interpolative
 from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_ranks, other_kind
 from rankfold.methods.moments import WEIGHT_METRIC, Moments
+from rankfold.methods.separable import Separable
+from rankfold.methods.separable3 import Separable3
+from rankfold.methods.separable_basis import SeparableBasis
 from rankfold.methods.svd import LowRank
 from rankfold.methods.tucker2 import Tucker2
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Tucker2, LowRank, Interpolative, FullRank, RemoveUnits)
+    method.name: method
+    for method in (
+        Tucker2,
+        LowRank,
+        Separable,
+        Separable3,
+        SeparableBasis,
+        Flattened,
+        FixedBasis,
+        Interpolative,
+        FullRank,
+        RemoveUnits,
+    )
 }
 
 __all__ = [
     "METHODS",
     "WEIGHT_METRIC",
     "Family",
+    "FixedBasis",
+    "Flattened",
     "FullRank",
     "Interpolative",
     "LowRank",
@@ -27,6 +46,9 @@ __all__ = [
     "Moments",
     "Rank",
     "RemoveUnits",
+    "Separable",
+    "Separable3",
+    "SeparableBasis",
     "Spectrum",
     "Tucker2",
     "aligned_ranks",

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from rankfold.layers import CONVOLUTIONS
 from rankfold.methods.moments import Moments
 
 Rank = tuple[int, ...]
@@ -63,6 +64,15 @@ class Method(Protocol):
 def other_kind(layer: nn.Module) -> str:
     """Why a method for layers of another kind cannot take this one."""
     return f"no factorization for {type(layer).__name__} layers"
+
+
+def why_not_convolution(layer: nn.Module) -> str | None:
+    """Why a layer is no ungrouped convolution with a weight, in words for a user; None if it is."""
+    if not isinstance(layer, CONVOLUTIONS) or type(layer) not in CONVOLUTIONS:
+        return f"no factorization for {type(layer).__name__} layers"
+    if layer.weight.numel() == 0:
+        return "its weight is empty"
+    return None if layer.groups == 1 else f"grouped convolution, groups={layer.groups}"
 
 
 def aligned_ranks(limit: int, alignment: int) -> range | list[int]:
