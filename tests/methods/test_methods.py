@@ -23,6 +23,10 @@ methods = st.sampled_from(sorted(METHODS))
 seeds = st.integers(0, 1000)
 several = settings(max_examples=100, suppress_health_check=[HealthCheck.filter_too_much])
 
+# Their fits find local optima: a rank that a layer has exactly is found if it is small (see the
+# methods' own tests), and a loss between two measured ones is an estimate.
+APPROXIMATE = {"cp", "cp-separable"}
+
 EXAMPLES = [
     nn.Linear(40, 24),
     nn.Linear(24, 40, bias=False),
@@ -49,6 +53,14 @@ def applicable(name: str, layer: nn.Module) -> Method:
 
 def full_rank(family) -> tuple[int, ...]:
     return max(family.ranks())
+
+
+def tried_ranks(method: Method, family) -> list[tuple[int, ...]]:
+    """All; where each is a fit of its own: the least, one in the middle, and full rank."""
+    ranks = list(family.ranks())
+    if method.name not in APPROXIMATE:
+        return ranks
+    return sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
 
 
 def weight_error(form, layer) -> float:
@@ -118,7 +130,7 @@ def test_the_loss_is_the_error_and_does_not_grow_with_rank(name, data) -> None:
     error = weight_error(family.build(rank), layer) ** 2
     if name == "svd":
         assert family.loss(rank) == pytest.approx(error, abs=1e-9)
-    assert error <= family.loss(rank) + 1e-9
+    assert error <= (1.1 if name in APPROXIMATE else 1) * family.loss(rank) + 1e-9
     for entry in range(len(rank)):
         line = sorted(
             r
@@ -131,7 +143,7 @@ def test_the_loss_is_the_error_and_does_not_grow_with_rank(name, data) -> None:
 
 
 @several
-@given(methods, st.data(), seeds)
+@given(st.sampled_from(sorted(METHODS.keys() - APPROXIMATE)), st.data(), seeds)
 def test_a_layer_of_exactly_this_rank_is_recovered(name, data, seed) -> None:
     layer, _ = data.draw(layers(torch.float64, channels=st.integers(2, 12)))
     method = applicable(name, layer)
@@ -149,19 +161,42 @@ def test_a_layer_of_exactly_this_rank_is_recovered(name, data, seed) -> None:
     assert weight_error(family.build(rank), exact) < 1e-6
 
 
-def closed_form_cost(method: str, layer: nn.Module, rank, positions_in, positions_out):
-    """Parameters and MACs by hand: Kim et al. 2016, equations 4 to 7, and the two-factor form."""
+def closed_form_cost(method: str, layer: nn.Module, rank, given: torch.Size, made: torch.Size):
+    """Parameters and MACs by hand, for inputs and outputs of these shapes.
+
+    Kim et al. 2016, equations 4 to 7, and the two-factor form; Lebedev et al. 2015, section 3.3.
+    """
     bias = 0 if layer.bias is None else layer.weight.shape[0]
     outputs, inputs = layer.weight.shape[:2]
     kernel = layer.weight[0, 0].numel()
+
+    def positions(walked: int) -> int:
+        """Where the kernel has been moved along this many of the axes."""
+        return given[0] * torch.Size([*made[2 : 2 + walked], *given[2 + walked :]]).numel()
+
     if method == "svd":
         (r,) = rank
         parameters = r * (inputs * kernel + outputs)
-        return parameters + bias, parameters * positions_out
-    r_out, r_in = rank
-    parameters = inputs * r_in + r_in * r_out * kernel + r_out * outputs
-    macs = inputs * r_in * positions_in + (r_in * r_out * kernel + r_out * outputs) * positions_out
-    return parameters + bias, macs
+        return parameters + bias, parameters * (made.numel() // outputs)
+    axes = len(layer.weight.shape) - 2
+    if method == "tucker2":
+        r_out, r_in = rank
+        links = [(inputs * r_in, 0), (r_in * r_out * kernel, axes), (r_out * outputs, axes)]
+    elif method == "cp":
+        (r,) = rank
+        links = [(inputs * r, 0), (r * kernel, axes), (r * outputs, axes)]
+    elif method == "cp-separable":
+        (r,) = rank
+        links = [(inputs * r, 0), (r * outputs, axes)]
+        # An axis 1 long goes with the next longer one, at the end with the one before.
+        longer = [axis for axis, length in enumerate(layer.kernel_size) if length > 1]
+        for axis in longer:
+            walked = axes if axis == longer[-1] else axis + 1
+            links.append((r * layer.kernel_size[axis], walked))
+    return (
+        sum(parameters for parameters, _ in links) + bias,
+        sum(parameters * positions(walked) for parameters, walked in links),
+    )
 
 
 @several
@@ -171,11 +206,11 @@ def test_costs_are_those_of_the_closed_formulas(name, data) -> None:
     method = applicable(name, layer)
     rank = data.draw(st.sampled_from(list(method.fit(layer, WEIGHT_METRIC).ranks())))
     skeleton = method.skeleton(layer, rank)
-    outputs = layer(torch.zeros(shape)).numel() // layer.weight.shape[0]
-    inputs = torch.Size(shape).numel() // layer.weight.shape[1]
+    made = layer(torch.zeros(shape)).shape
     counted = count_parameters(skeleton), count_layer_macs(skeleton, [shape])
-    assert counted == closed_form_cost(name, layer, rank, inputs, outputs)
+    assert counted == closed_form_cost(name, layer, rank, torch.Size(shape), made)
     dense = copy.deepcopy(layer).to("meta")
+    outputs = made.numel() // layer.weight.shape[0]
     assert count_layer_macs(dense, [shape]) == layer.weight.numel() * outputs
 
 
@@ -399,9 +434,9 @@ def test_a_metric_is_served_better_by_what_is_fitted_in_it(
     """Than by what is fitted to the weight alone; HOOI finds no more than a local optimum."""
     layer, moments = in_a_metric(layer, inputs, gradients)
     family, plain = method.fit(layer, moments), method.fit(layer, WEIGHT_METRIC)
-    slack = 1.02 if method.name == "tucker2" else 1 + 1e-6
+    slack = 1.02 if method.name in {"tucker2", *APPROXIMATE} else 1 + 1e-6
     errors, others = [], []
-    for rank in family.ranks():
+    for rank in tried_ranks(method, family):
         errors.append(metric_error(moments, family.build(rank), layer))
         others.append(metric_error(moments, plain.build(rank), layer))
         assert errors[-1] <= slack * others[-1] + 1e-9
@@ -472,7 +507,7 @@ def test_singular_moments_give_finite_factors(method, layer, inputs, gradients) 
         for direction in (moments.gradients, moments.gradients.mT):
             direction[[0, 2]] = 0
     family = method.fit(layer, moments)
-    for rank in family.ranks():
+    for rank in tried_ranks(method, family):
         form = family.build(rank)
         assert all(torch.isfinite(parameter).all() for parameter in form.parameters())
         most = 1e-6 if rank == full_rank(family) else 1 + 1e-6
@@ -498,7 +533,7 @@ def test_moments_of_nothing_give_finite_factors(method, layer) -> None:
     nothing = Moments(torch.zeros_like(moments.inputs), torch.zeros_like(moments.gradients))
     for known in (nothing, Moments(nothing.inputs), Moments(gradients=nothing.gradients)):
         family = method.fit(layer, known)
-        for rank in family.ranks():
+        for rank in tried_ranks(method, family):
             form = family.build(rank)
             assert all(torch.isfinite(parameter).all() for parameter in form.parameters())
             assert family.loss(rank) == 0
@@ -527,7 +562,7 @@ def test_a_metric_serves_every_precision(method, layer, dtype) -> None:
     assert {parameter.dtype for parameter in form.parameters()} == {dtype}
     assert weight_error(form, layer) < rounding[dtype]
     exact = method.fit(double, moments)
-    for rank in family.ranks():
+    for rank in tried_ranks(method, family):
         assert family.loss(rank) == pytest.approx(exact.loss(rank), rel=rounding[dtype], abs=1e-3)
 
 

@@ -6,12 +6,14 @@ layer back. How the factors are found is the business of `rankfold.methods`.
 """
 
 from rankfold.layers.chain import CONVOLUTIONS, Convolution
+from rankfold.layers.cp import CPConvolution, cp_limit, cp_modes
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
 from rankfold.layers.tucker import TuckerConvolution
 from rankfold.layers.two_factor import TwoFactorConvolution, TwoFactorLinear
 
 __all__ = [
     "CONVOLUTIONS",
+    "CPConvolution",
     "Convolution",
     "Dense",
     "Form",
@@ -20,4 +22,6 @@ __all__ = [
     "TwoFactorLinear",
     "assign_factors",
     "check_ranks",
+    "cp_limit",
+    "cp_modes",
 ]

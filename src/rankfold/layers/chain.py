@@ -60,6 +60,20 @@ def all_axes(layer: Convolution) -> tuple[int, ...]:
     return tuple(range(len(layer.kernel_size)))
 
 
+def axis_groups(layer: Convolution) -> list[tuple[int, ...]]:
+    """The axes of the kernel, neighbours together, so that one of each group is longer than 1.
+
+    What is 1 long goes with what it stands before, at the end with what it stands behind; of a
+    pointwise kernel all axes are one group.
+    """
+    groups: list[tuple[int, ...]] = [()]
+    for axis, length in enumerate(layer.kernel_size):
+        if length > 1 and any(layer.kernel_size[before] > 1 for before in groups[-1]):
+            groups.append(())
+        groups[-1] += (axis,)
+    return groups
+
+
 def dense_convolution(form: nn.Sequential, weight: torch.Tensor) -> Convolution:
     """The convolution of this weight (out, in, *kernel) that a chain of links represents."""
     links = [cast(Any, module) for module in form]

@@ -4,21 +4,32 @@ Order matters in one way: a rule that reads ranks off one spectrum (EVBMF, energ
 uses the first method that applies to a layer; a budget lets all of them compete.
 """
 
+from rankfold.methods.cp import CanonicalPolyadic, SeparableCanonicalPolyadic
 from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_ranks
 from rankfold.methods.moments import WEIGHT_METRIC, Moments
 from rankfold.methods.svd import LowRank
 from rankfold.methods.tucker2 import Tucker2
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Tucker2, LowRank)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Tucker2,
+        LowRank,
+        CanonicalPolyadic,
+        SeparableCanonicalPolyadic,
+    )
+}
 
 __all__ = [
     "METHODS",
     "WEIGHT_METRIC",
+    "CanonicalPolyadic",
     "Family",
     "LowRank",
     "Method",
     "Moments",
     "Rank",
+    "SeparableCanonicalPolyadic",
     "Spectrum",
     "Tucker2",
     "aligned_ranks",

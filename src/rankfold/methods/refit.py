@@ -32,3 +32,17 @@ def best_last_factor(
     if failed or ridge == 0:
         return crossed @ torch.linalg.pinv(gram, hermitian=True)
     return torch.cholesky_solve(crossed.mT, lower).mT
+
+
+def improved_last_factor(
+    weight: torch.Tensor, last: torch.Tensor, features: torch.Tensor, moments: Moments
+) -> torch.Tensor:
+    """The last factor, (out, rank), float64, that is best in the metric of whole patches.
+
+    `last` comes from a fit in the metric of channels, and comes back as it is where no more is
+    known. Directions that the inputs never show stay as they are in it.
+    """
+    if moments.of_channels(weight.shape[1]) is moments:
+        return last
+    product = torch.tensordot(last.double(), features.double(), dims=1)
+    return last + best_last_factor(weight.double() - product, features, moments)
