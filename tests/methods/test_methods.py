@@ -25,7 +25,7 @@ several = settings(max_examples=100, suppress_health_check=[HealthCheck.filter_t
 
 # Their fits find local optima: a rank that a layer has exactly is found if it is small (see the
 # methods' own tests), and a loss between two measured ones is an estimate.
-APPROXIMATE = {"cp", "cp-separable"}
+APPROXIMATE = {"cp", "cp-separable", "tucker-cp"}
 
 EXAMPLES = [
     nn.Linear(40, 24),
@@ -182,6 +182,16 @@ def closed_form_cost(method: str, layer: nn.Module, rank, given: torch.Size, mad
     if method == "tucker2":
         r_out, r_in = rank
         links = [(inputs * r_in, 0), (r_in * r_out * kernel, axes), (r_out * outputs, axes)]
+    elif method == "tensor-train":
+        longer = [axis for axis, length in enumerate(layer.kernel_size) if length > 1]
+        links = [(inputs * rank[0], 0), (rank[-1] * outputs, axes)]
+        for axis, before, after in zip(longer, rank[:-1], rank[1:], strict=True):
+            walked = axes if axis == longer[-1] else axis + 1
+            links.append((before * after * layer.kernel_size[axis], walked))
+    elif method == "tucker-cp":
+        r, width = rank
+        w_in, w_out = min(width, inputs), min(width, outputs)
+        links = [((inputs + r) * w_in, 0), (r * (kernel + w_out) + w_out * outputs, axes)]
     elif method == "cp":
         (r,) = rank
         links = [(inputs * r, 0), (r * kernel, axes), (r * outputs, axes)]
@@ -315,11 +325,20 @@ def test_candidates_are_aligned(method, layer) -> None:
         assert all(r % method.alignment == 0 or r == max(entry) for r in entry)
 
 
+def unfoldings(method: str, layer: nn.Module) -> list[torch.Tensor]:
+    """What each entry of a rank truncates."""
+    weight = layer.weight.detach()
+    if method != "tensor-train":
+        return [weight.movedim(mode, 0).flatten(1) for mode in (0, 1)]
+    lengths = [length for length in layer.weight.shape[2:] if length > 1]
+    train = weight.movedim(0, -1).reshape(layer.in_channels, *lengths, -1)
+    return [train.flatten(0, bond).flatten(1) for bond in range(train.dim() - 1)]
+
+
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_spectra_are_the_singular_values_of_the_unfoldings(method, layer) -> None:
     spectra = method.fit(layer, WEIGHT_METRIC).spectra
-    for mode, spectrum in enumerate(spectra):
-        unfolding = layer.weight.detach().movedim(mode, 0).flatten(1)
+    for spectrum, unfolding in zip(spectra, unfoldings(method.name, layer), strict=False):
         assert spectrum.shape == tuple(unfolding.shape)
         torch.testing.assert_close(
             spectrum.singular_values, torch.linalg.svdvals(unfolding.double()), rtol=1e-4, atol=1e-5

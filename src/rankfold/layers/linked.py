@@ -30,7 +30,7 @@ def multiply_out(weights: Sequence[torch.Tensor], groups: Sequence[int]) -> torc
     product = weights[0]
     for weight, parts in zip(weights[1:], groups[1:], strict=True):
         # Along an axis of the kernel all but one link are 1 wide: there they broadcast.
-        if parts == len(weight):  # depthwise
+        if parts == len(weight) and parts == len(product):  # depthwise
             product = weight * product
         else:
             blocks, before = (one.unflatten(0, (parts, -1)) for one in (weight, product))

@@ -8,7 +8,9 @@ from rankfold.methods.cp import CanonicalPolyadic, SeparableCanonicalPolyadic
 from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_ranks
 from rankfold.methods.moments import WEIGHT_METRIC, Moments
 from rankfold.methods.svd import LowRank
+from rankfold.methods.tensor_train import TensorTrain
 from rankfold.methods.tucker2 import Tucker2
+from rankfold.methods.tucker_cp import TuckerCP
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -17,6 +19,8 @@ METHODS: dict[str, type[Method]] = {
         LowRank,
         CanonicalPolyadic,
         SeparableCanonicalPolyadic,
+        TuckerCP,
+        TensorTrain,
     )
 }
 
@@ -31,6 +35,8 @@ __all__ = [
     "Rank",
     "SeparableCanonicalPolyadic",
     "Spectrum",
+    "TensorTrain",
     "Tucker2",
+    "TuckerCP",
     "aligned_ranks",
 ]

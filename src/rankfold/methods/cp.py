@@ -9,7 +9,7 @@ cannot be fine-tuned.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -19,15 +19,15 @@ from rankfold.decompose.cp import from_factors, khatri_rao
 from rankfold.decompose.decomposition import working_precision
 from rankfold.decompose.weights import Whitening
 from rankfold.layers import (
-    CONVOLUTIONS,
     Convolution,
     CPConvolution,
     assign_factors,
+    axis_groups,
     check_ranks,
     cp_limit,
     cp_modes,
 )
-from rankfold.methods.method import Rank, aligned_ranks, check_alignment
+from rankfold.methods.method import Rank, aligned_ranks, check_alignment, why_not_spatial
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import improved_last_factor
 from rankfold.methods.sampled import SampledFamily
@@ -60,24 +60,14 @@ class CanonicalPolyadic:
         check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
-        if not isinstance(layer, CONVOLUTIONS) or type(layer) not in CONVOLUTIONS:
-            return f"no factorization for {type(layer).__name__} layers"
-        if layer.weight.numel() == 0:
-            return "its weight is empty"
-        if layer.groups != 1:
-            return f"grouped convolution, groups={layer.groups}"
-        if layer.weight[0, 0].numel() == 1:
-            return "a 1x1 kernel has no spatial modes to take apart: svd serves it"
-        if min(layer.weight.shape[:2]) == 1:
-            return "one channel alone has no mode to take apart: svd serves it"
-        return None
+        return why_not_spatial(layer)
 
     def fit(self, layer: Convolution, moments: Moments) -> SampledFamily:
         fit = _Fit(layer, moments, self.separable)
         return SampledFamily(
             layer,
             moments,
-            [(rank,) for rank in _ranks(fit.tensor, self.alignment)],
+            [(rank,) for rank in ranks_that_save(fit.tensor, self.alignment)],
             (cp_limit(layer, self.separable),),
             fit.refined,
             fit.drafted,
@@ -100,12 +90,9 @@ class SeparableCanonicalPolyadic(CanonicalPolyadic):
 
     def why_not(self, layer: nn.Module) -> str | None:
         reason = super().why_not(layer)
-        if reason is not None:
-            return reason
-        assert isinstance(layer, CONVOLUTIONS)
-        if sum(length > 1 for length in layer.kernel_size) < 2:
+        if reason is None and len(axis_groups(cast(Convolution, layer))) < 2:
             return "its kernel is longer than 1 along one axis only: cp serves it"
-        return None
+        return reason
 
 
 def _form(layer: Convolution, rank: Rank, separable: bool) -> CPConvolution:
@@ -113,11 +100,27 @@ def _form(layer: Convolution, rank: Rank, separable: bool) -> CPConvolution:
     return CPConvolution(layer, rank[0], separable, device="meta")
 
 
-def _ranks(tensor: torch.Tensor, alignment: int) -> list[int]:
+def ranks_that_save(tensor: torch.Tensor, alignment: int) -> list[int]:
     """The aligned ranks with fewer parameters than the tensor, and the exact one."""
     exact = tensor.numel() // max(tensor.shape)
     saving = (tensor.numel() - 1) // sum(tensor.shape)
     return [r for r in aligned_ranks(exact, alignment) if r <= saving or r == exact]
+
+
+def drafted_terms(tensor: torch.Tensor, rank: int) -> CP:
+    """Near enough for an estimate of the loss."""
+    return cp(tensor, rank, algorithm="als", iterations=_SWEEPS, improvement=_IMPROVEMENT)
+
+
+def refined_terms(tensor: torch.Tensor, rank: int) -> CP:
+    """From the draft on by nonlinear least squares; then terms that do not cancel each other."""
+    draft = drafted_terms(tensor, rank)
+    if rank == tensor.numel() // max(tensor.shape):
+        return draft  # exact
+    found = cp(tensor, rank, start=draft, iterations=_ITERATIONS, improvement=_IMPROVEMENT)
+    # No more than that of the draft, whose loss was promised.
+    error = min((1 + _CORRECTION) * found.relative_error(tensor), draft.relative_error(tensor))
+    return error_preserving_correction(found, tensor, error=error, iterations=_SWEEPS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,32 +149,10 @@ class _Fit:
         return self.whitening.whiten(self.tensor)
 
     def drafted(self, rank: Rank) -> CPConvolution:
-        return self._form_of(self._draft(rank))
+        return self._form_of(drafted_terms(self.whitened, rank[0]))
 
     def refined(self, rank: Rank) -> CPConvolution:
-        found = self._draft(rank)
-        if rank != (cp_limit(self.layer, self.separable),):  # there it is exact
-            found = cp(
-                self.whitened,
-                rank[0],
-                start=found,
-                iterations=_ITERATIONS,
-                improvement=_IMPROVEMENT,
-            )
-            error = (1 + _CORRECTION) * found.relative_error(self.whitened)
-            found = error_preserving_correction(
-                found, self.whitened, error=error, iterations=_SWEEPS
-            )
-        return self._form_of(found)
-
-    def _draft(self, rank: Rank) -> CP:
-        return cp(
-            self.whitened,
-            rank[0],
-            algorithm="als",
-            iterations=_SWEEPS,
-            improvement=_IMPROVEMENT,
-        )
+        return self._form_of(refined_terms(self.whitened, rank[0]))
 
     def _form_of(self, found: CP) -> CPConvolution:
         rank = found.ranks[0]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from rankfold.layers import CONVOLUTIONS
 from rankfold.methods.moments import Moments
 
 Rank = tuple[int, ...]
@@ -58,6 +59,21 @@ class Method(Protocol):
 
     def skeleton(self, layer: Any, rank: Rank) -> nn.Sequential:
         """The form at this rank on the meta device: shapes only; raises RankError."""
+
+
+def why_not_spatial(layer: nn.Module) -> str | None:
+    """Why the layer is no convolution that mixes all channels by filters of a size, or None."""
+    if not isinstance(layer, CONVOLUTIONS) or type(layer) not in CONVOLUTIONS:
+        return f"no factorization for {type(layer).__name__} layers"
+    if layer.weight.numel() == 0:
+        return "its weight is empty"
+    if layer.groups != 1:
+        return f"grouped convolution, groups={layer.groups}"
+    if layer.weight[0, 0].numel() == 1:
+        return "a 1x1 kernel has no spatial modes to take apart: svd serves it"
+    if min(layer.weight.shape[:2]) == 1:
+        return "one channel alone is no mode to take apart: svd serves it"
+    return None
 
 
 def aligned_ranks(limit: int, alignment: int) -> range | list[int]:

@@ -6,6 +6,8 @@ moment does not matter, because L is free. This is Jaderberg's "data reconstruct
 least squares on responses (Jaderberg et al. 2014, section 3.2), without visiting the data again.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from rankfold.methods.moments import Moments
@@ -46,3 +48,13 @@ def improved_last_factor(
         return last
     product = torch.tensordot(last.double(), features.double(), dims=1)
     return last + best_last_factor(weight.double() - product, features, moments)
+
+
+def of_equal_norms(factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The factors of a product scaled so that all have the same norm: none trains faster."""
+    norms = torch.stack([torch.linalg.vector_norm(factor) for factor in factors])
+    mean = norms.log().mean().exp()  # 0 for a product that vanishes
+    return [
+        factor * (mean / norm) if norm > 0 else factor
+        for factor, norm in zip(factors, norms, strict=True)
+    ]

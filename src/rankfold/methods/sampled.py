@@ -21,7 +21,7 @@ from rankfold.methods.method import Rank, Spectrum
 from rankfold.methods.moments import Moments
 
 # Values tried of each entry of a rank, by the number of entries; 2 for more.
-_TRIED = {1: 8, 2: 4}
+_TRIED = {1: 12, 2: 5}
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,16 @@ class SampledFamily:
     def loss(self, rank: Rank) -> float:
         """Measured at a few ranks, interpolated between them; never growing."""
         check_ranks(rank, self.limits, self.layer)
-        axes, table = self._measured
-        kept = [axis for axis, values in enumerate(axes) if len(values) > 1]
-        if not kept:
-            return table.item()
-        point = [np.clip(rank[axis], axes[axis][0], axes[axis][-1]) for axis in kept]
-        grid = [axes[axis] for axis in kept]
-        return RegularGridInterpolator(grid, table.squeeze())(point).item()
+        interpolate = self._losses
+        point = [
+            np.clip(entry, axis[0], axis[-1])
+            for entry, axis in zip(rank, interpolate.grid, strict=True)
+        ]
+        return interpolate(point).item()
 
     @cached_property
-    def _measured(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """The ranks tried along each entry, and the losses there."""
+    def _losses(self) -> RegularGridInterpolator:
+        """Through the losses at the ranks tried."""
         axes = []
         for entry in zip(*self.candidates, strict=True):
             values = sorted(set(entry))
@@ -74,7 +73,7 @@ class SampledFamily:
             table[place] = self._measure(tuple(a[i] for a, i in zip(axes, place, strict=True)))
         for axis in range(table.ndim):
             table = np.minimum.accumulate(table, axis)
-        return [np.array(values, dtype=float) for values in axes], table
+        return RegularGridInterpolator([np.array(values, float) for values in axes], table)
 
     def _measure(self, rank: Rank) -> float:
         weight = self.layer.weight.detach()
