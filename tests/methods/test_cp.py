@@ -71,9 +71,8 @@ def test_terms_do_not_grow_to_cancel_each_other() -> None:
     layer = nn.Conv2d(9, 9, 3, dtype=torch.float64, bias=False)
     layer.weight = nn.Parameter(tensor.reshape(layer.weight.shape))
     form = METHODS["cp"](alignment=1).fit(layer, WEIGHT_METRIC).build((2,))
-    terms = math.prod(
-        one.weight.flatten(1).norm(dim=k) for one, k in zip(form, (1, 1, 0), strict=True)
-    )
+    first, filters, last = (one.weight.flatten(1) for one in form)
+    terms = first.norm(dim=1) * filters.norm(dim=1) * last.norm(dim=0)
     assert terms.square().sum() < 40 * tensor.square().sum()
     assert relative(form.to_dense().weight, layer.weight) < 0.35
 
@@ -104,9 +103,10 @@ def test_the_outputs_are_best_in_the_metric_of_patches(separable) -> None:
 
 @both
 def test_the_loss_of_a_real_kernel_is_no_less_than_its_error(separable) -> None:
-    layer = make_model().features[3]
+    layer = nn.Conv2d(32, 32, 3)
+    layer.weight = nn.Parameter(make_model().features[3].weight.detach()[:32, :32])
     family = METHOD[separable].fit(layer, WEIGHT_METRIC)
-    for rank in (8, 40, 72, 128):
+    for rank in (8, 24, 64):
         error = relative(family.build((rank,)).to_dense().weight, layer.weight) ** 2
         assert error - 1e-6 <= family.loss((rank,)) <= 2 * error + 0.01
 

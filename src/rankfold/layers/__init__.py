@@ -5,6 +5,7 @@ geometry (stride, padding, dilation, bias, dtype) of one dense layer, and `to_de
 layer back. How the factors are found is the business of `rankfold.methods`.
 """
 
+from rankfold.layers.block_term import BlockTermConvolution, block_term_limit, block_widths
 from rankfold.layers.chain import CONVOLUTIONS, Convolution, axis_groups
 from rankfold.layers.cp import CPConvolution, cp_limit, cp_modes
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
@@ -15,6 +16,7 @@ from rankfold.layers.two_factor import TwoFactorConvolution, TwoFactorLinear
 
 __all__ = [
     "CONVOLUTIONS",
+    "BlockTermConvolution",
     "CPConvolution",
     "Convolution",
     "Dense",
@@ -26,6 +28,8 @@ __all__ = [
     "TwoFactorLinear",
     "assign_factors",
     "axis_groups",
+    "block_term_limit",
+    "block_widths",
     "check_ranks",
     "cp_limit",
     "cp_modes",

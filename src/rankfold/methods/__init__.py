@@ -4,6 +4,7 @@ Order matters in one way: a rule that reads ranks off one spectrum (EVBMF, energ
 uses the first method that applies to a layer; a budget lets all of them compete.
 """
 
+from rankfold.methods.block_term import BlockTerm
 from rankfold.methods.cp import CanonicalPolyadic, SeparableCanonicalPolyadic
 from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_ranks
 from rankfold.methods.moments import WEIGHT_METRIC, Moments
@@ -21,12 +22,14 @@ METHODS: dict[str, type[Method]] = {
         SeparableCanonicalPolyadic,
         TuckerCP,
         TensorTrain,
+        BlockTerm,
     )
 }
 
 __all__ = [
     "METHODS",
     "WEIGHT_METRIC",
+    "BlockTerm",
     "CanonicalPolyadic",
     "Family",
     "LowRank",
