@@ -75,9 +75,10 @@ def test_on_a_real_kernel_it_comes_near_the_greedy_decomposition() -> None:
 
 
 def test_the_loss_of_a_real_kernel_is_no_less_than_its_error() -> None:
-    layer = make_model().features[3]
+    layer = nn.Conv2d(32, 32, 3)
+    layer.weight = nn.Parameter(make_model().features[3].weight.detach()[:32, :32])
     family = BLOCKS().fit(layer, WEIGHT_METRIC)
-    for rank in (1, 4, 9, 18):
+    for rank in (1, 3, 6):
         error = relative(family.build((rank,)).to_dense().weight, layer.weight) ** 2
         assert error - 1e-6 <= family.loss((rank,)) <= 2.5 * error
 
