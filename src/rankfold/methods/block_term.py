@@ -29,7 +29,7 @@ from rankfold.methods.sampled import SampledFamily
 
 _CHANNELS = (0, 1)  # modes of the kernel
 # Sweeps of alternating least squares of a fit whose loss is an estimate, and of the one built.
-_DRAFT, _SWEEPS = 10, 50
+_DRAFT, _SWEEPS = 6, 50
 _IMPROVEMENT = 1e-3  # share of the squared error: less ends the sweeps
 _CORE_STEPS = 4
 
