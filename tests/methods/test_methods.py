@@ -10,6 +10,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from costs import cost_by_hand
 from geometry import layers, relative
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -32,8 +33,22 @@ methods = st.sampled_from(sorted(KERNEL_METHODS))
 seeds = st.integers(0, 1000)
 several = settings(max_examples=100, suppress_health_check=[HealthCheck.filter_too_much])
 
+# What a method cannot keep by its nature:
 # Of one candidate, that loses nothing: in a metric, nothing of what the metric sees.
 LOSSLESS = {"full-rank"}
+# Of one rank, and too few parameters to be the dense layer: at full rank as near as they come.
+INEXACT = {"flattened"}
+# Each rank is a fit of its own, which finds a local optimum: a rank that a layer has exactly is
+# found if it is small (see the methods' own tests), a loss between measured ones is an estimate.
+APPROXIMATE = {"cp", "cp-separable", "tucker-cp", "block-term"}
+# Several factors are fitted in turn: from another start another optimum may be found.
+ALTERNATING = {"tucker2", "separable3", "separable-basis", "flattened", *APPROXIMATE}
+# The least error at a rank is out of reach: a layer of exactly this rank is approached.
+APPROACHED = {"separable-basis"}
+# A rank counts filters of one channel, or blocks, and needs no alignment.
+COUNTED = {"separable-basis", "fixed-basis", "block-term"}
+# One factor is given and frozen.
+FROZEN = {"fixed-basis"}
 
 EXAMPLES = [
     nn.Linear(40, 24),
@@ -103,12 +118,21 @@ def factors_of(form: nn.Module) -> list[nn.Module]:
 def with_random_factors(form: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for place, factor in enumerate(factors_of(form)):
-            factor.weight.copy_(tensor_of(factor.weight.shape, seed=seed + 1000 * place))
+            if factor.weight.requires_grad:  # or it is given
+                factor.weight.copy_(tensor_of(factor.weight.shape, seed=seed + 1000 * place))
     return form
 
 
 def full_rank(family) -> tuple[int, ...]:
     return max(family.ranks())
+
+
+def tried_ranks(method: Reduced, family) -> list[tuple[int, ...]]:
+    """All; where each is a fit of its own: the least, one in the middle, and full rank."""
+    ranks = list(family.ranks())
+    if method.name not in APPROXIMATE:
+        return ranks
+    return sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
 
 
 def reachable(method: str, tolerance: float) -> float:
@@ -177,7 +201,7 @@ def test_the_loss_is_the_error_and_does_not_grow_with_rank(name, data) -> None:
     error = weight_error(family.build(rank), layer) ** 2
     if name in ("svd", "full-rank", "interpolative"):
         assert family.loss(rank) == pytest.approx(error, abs=1e-9)
-    assert error <= family.loss(rank) + 1e-9
+    assert error <= (1.1 if name in APPROXIMATE else 1) * family.loss(rank) + 1e-9
     for entry in range(len(rank)):
         line = sorted(
             r
@@ -190,7 +214,7 @@ def test_the_loss_is_the_error_and_does_not_grow_with_rank(name, data) -> None:
 
 
 @several
-@given(methods, st.data(), seeds)
+@given(st.sampled_from(sorted(KERNEL_METHODS.keys() - APPROXIMATE)), st.data(), seeds)
 def test_a_layer_of_exactly_this_rank_is_recovered(name, data, seed) -> None:
     layer, _ = data.draw(layers(torch.float64, channels=st.integers(2, 12)))
     method = applicable(name, layer)
@@ -205,27 +229,6 @@ def test_a_layer_of_exactly_this_rank_is_recovered(name, data, seed) -> None:
     assert weight_error(family.build(rank), exact) < 1e-6
 
 
-def closed_form_cost(method: str, layer: nn.Module, rank, positions_in, positions_out):
-    """Parameters and MACs by hand: Kim et al. 2016, equations 4 to 7, and the two-factor form.
-
-    Without the bias; of each group of a convolution, and of the one that a transposed is the
-    adjoint of.
-    """
-    outputs, inputs = layer.weight.shape[0] // groups_of(layer), layer.weight.shape[1]
-    kernel = layer.weight[0, 0].numel()
-    if method == "interpolative":
-        parameters = outputs * rank[0] * kernel
-        return parameters, parameters * positions_out
-    if method in ("svd", "full-rank"):
-        (r,) = rank
-        parameters = r * (inputs * kernel + outputs)
-        return parameters, parameters * positions_out
-    r_out, r_in = rank
-    parameters = inputs * r_in + r_in * r_out * kernel + r_out * outputs
-    macs = inputs * r_in * positions_in + (r_in * r_out * kernel + r_out * outputs) * positions_out
-    return parameters, macs
-
-
 @several
 @given(methods, st.data())
 def test_costs_are_those_of_the_closed_formulas(name, data) -> None:
@@ -233,17 +236,20 @@ def test_costs_are_those_of_the_closed_formulas(name, data) -> None:
     method = applicable(name, layer)
     rank = data.draw(st.sampled_from(list(method.fit(layer, WEIGHT_METRIC).ranks())))
     skeleton = method.skeleton(layer, rank)
-    responses = layer(torch.zeros(shape))
-    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    positions = torch.Size(shape).numel() // in_channels(layer), responses.numel() // channels
-    inputs, outputs = positions[::-1] if is_transposed(layer) else positions
-    parameters, macs = closed_form_cost(name, layer, rank, inputs, outputs)
-    groups, bias = groups_of(layer), 0 if layer.bias is None else channels
-    assert count_parameters(skeleton) == groups * parameters + bias
-    assert count_layer_macs(skeleton, [shape]) == groups * macs
+    made = layer(torch.zeros(shape)).shape
+    counted = count_parameters(skeleton), count_layer_macs(skeleton, [shape])
+    assert counted == cost_by_hand(name, layer, rank, torch.Size(shape), made)
     dense = copy.deepcopy(layer).to("meta")
-    positions = made.numel() // layer.weight.shape[0]
+    if is_transposed(layer):
+        positions = torch.Size(shape).numel() // in_channels(layer)
+    else:
+        positions = made.numel() // layer.weight.shape[0]
     assert count_layer_macs(dense, [shape]) == layer.weight.numel() * positions
+
+
+def is_frozen(method: Reduced, layer: nn.Module, form: nn.Module, factor: nn.Module) -> bool:
+    """Whether the factor is the given one: the first, of an adjoint the last."""
+    return method.name in FROZEN and factor is factors_of(form)[-1 if is_transposed(layer) else 0]
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
@@ -253,7 +259,10 @@ def test_every_factor_gets_a_gradient_and_the_bias_is_kept(method, layer) -> Non
     shape = (2, in_channels(layer), *(6 for _ in layer.weight.shape[2:]))
     form(torch.randn(shape)).square().sum().backward()
     for factor in factors_of(form):
-        assert torch.isfinite(factor.weight.grad).all() and factor.weight.grad.abs().sum() > 0
+        if not is_frozen(method, layer, form, factor):
+            assert torch.isfinite(factor.weight.grad).all() and factor.weight.grad.abs().sum() > 0
+        else:
+            assert not factor.weight.requires_grad and factor.weight.grad is None
         assert (factor.bias is not None) == (factor is form[-1] and layer.bias is not None)
     if layer.bias is not None:
         assert torch.equal(form[-1].bias, layer.bias) and form[-1].bias is not layer.bias
@@ -307,9 +316,9 @@ def test_a_bias_may_be_frozen_alone_and_no_memory_is_shared(method, layer) -> No
     form = family.build(full_rank(family))
     before = copy.deepcopy(form.state_dict())
     assert all(module.training for module in form.modules())
-    for name, parameter in form.named_parameters():
-        fixed = method.name in FIXED and name == "0.weight"
-        assert parameter.requires_grad == (name.endswith("weight") and not fixed)
+    for factor in factors_of(form):
+        assert factor.weight.requires_grad != is_frozen(method, layer, form, factor)
+        assert factor.bias is None or not factor.bias.requires_grad
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()
@@ -344,33 +353,38 @@ def test_impossible_ranks_have_no_loss(name) -> None:
 def test_candidates_are_aligned(method, layer) -> None:
     ranks = method.fit(layer, WEIGHT_METRIC).ranks()
     assert len(set(ranks)) == len(ranks)
-    if method.name in PER_CHANNEL:
-        assert list(ranks) == [(rank,) for rank in range(1, max(ranks)[0] + 1)]
+    if method.name in COUNTED:
+        assert list(ranks[:-1]) == [(rank,) for rank in range(1, len(ranks))]
         return
     for entry in zip(*ranks, strict=True):
-        together = method.method.alignment // groups_of(layer)
+        together = max(1, method.method.alignment // groups_of(layer))
         assert all(r % together == 0 or r == max(entry) for r in entry)
 
 
-def unfoldings(method: str, layer: nn.Module) -> list[torch.Tensor]:
-    """What each entry of a rank truncates."""
-    weight = layer.weight.detach()
+def unfoldings(method: str, weight: torch.Tensor) -> list[torch.Tensor]:
+    """What each entry of a rank truncates, of a weight (out, in, *kernel)."""
     by_mode = [weight.movedim(mode, 0).flatten(1) for mode in (0, 1)]
-    if not method.startswith("separable"):
-        return by_mode
-    split = weight.permute(1, 2, 0, *range(3, weight.dim())).flatten(0, 1).flatten(1)
-    return [split, by_mode[0]]
+    if method.startswith("separable"):
+        split = weight.permute(1, 2, 0, *range(3, weight.dim())).flatten(0, 1).flatten(1)
+        return [split, by_mode[0]]
+    if method == "tensor-train":
+        lengths = [length for length in weight.shape[2:] if length > 1]
+        train = weight.movedim(0, -1).reshape(weight.shape[1], *lengths, -1)
+        return [train.flatten(0, bond).flatten(1) for bond in range(train.dim() - 1)]
+    return by_mode
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_spectra_are_the_singular_values_of_the_unfoldings(method, layer) -> None:
     spectra = method.fit(layer, WEIGHT_METRIC).spectra
-    by_group = layer.weight.detach().double().unflatten(0, (groups_of(layer), -1))
-    for mode, spectrum in enumerate(spectra):
-        unfoldings = by_group.movedim(mode + 1, 1).flatten(2)
-        assert spectrum.shape == tuple(unfoldings.shape[1:])
-        values = torch.linalg.svdvals(unfoldings).square().mean(0).sqrt()
-        torch.testing.assert_close(spectrum.singular_values, values, rtol=1e-4, atol=1e-5)
+    by_group = layer.weight.detach().double().chunk(groups_of(layer))
+    expected = zip(*(unfoldings(method.name, weight) for weight in by_group), strict=True)
+    for spectrum, of_groups in zip(spectra, expected, strict=False):
+        assert spectrum.shape == tuple(of_groups[0].shape)
+        squares = torch.stack([torch.linalg.svdvals(one).square() for one in of_groups])
+        torch.testing.assert_close(
+            spectrum.singular_values, squares.mean(0).sqrt(), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
@@ -513,11 +527,15 @@ def test_a_metric_is_served_better_by_what_is_fitted_in_it(
     family, plain = method.fit(layer, moments), method.fit(layer, WEIGHT_METRIC)
     slack = 1.02 if method.name in ALTERNATING else 1 + 1e-6
     errors, others = [], []
-    for rank in family.ranks():
+    for rank in tried_ranks(method, family):
         errors.append(metric_error(moments, family.build(rank), layer))
         others.append(metric_error(moments, plain.build(rank), layer))
         assert errors[-1] <= slack * others[-1] + 1e-9
-    assert sum(errors) < sum(others) or method.name in LOSSLESS
+    if method.name in FROZEN and (inputs != "patches" or is_transposed(layer)):
+        # The mixture of orthonormal filters is best for each place by itself.
+        assert sum(errors) == pytest.approx(sum(others), rel=1e-9)
+    else:
+        assert sum(errors) < sum(others) or method.name in LOSSLESS
 
 
 @pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
@@ -529,7 +547,7 @@ def test_in_a_metric_the_loss_does_not_grow_with_rank(method, layer, inputs, gra
         if all(a <= b for a, b in zip(less, more, strict=True)):
             assert losses[more] <= losses[less] + 1e-12
     assert losses[min(losses)] > 1e-3 or method.name in LOSSLESS
-    assert losses[max(losses)] < 1e-3
+    assert losses[max(losses)] < reachable(method.name, 1e-3)
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -585,7 +603,7 @@ def test_singular_moments_give_finite_factors(method, layer, inputs, gradients) 
         for direction in (moments.gradients, moments.gradients.mT):
             direction[..., [0, 2], :] = 0
     family = method.fit(layer, moments)
-    for rank in family.ranks():
+    for rank in tried_ranks(method, family):
         form = family.build(rank)
         assert all(torch.isfinite(parameter).all() for parameter in form.parameters())
         most = reachable(method.name, 1e-6) if rank == full_rank(family) else 1 + 1e-6
@@ -602,8 +620,8 @@ def test_at_full_rank_singular_moments_change_nothing(
     layer, moments = in_a_metric(layer, inputs, gradients, rank=2)
     family = method.fit(layer, moments)
     form = family.build(full_rank(family))
-    if method.name in LOSSLESS:
-        assert metric_error(moments, form, layer) < 1e-6
+    if method.name in LOSSLESS | INEXACT:
+        assert metric_error(moments, form, layer) < reachable(method.name, 1e-6)
         return
     # Moments are singular but for a floor of 1e-10: half of float64's digits are lost.
     assert weight_error(form, layer) < 2e-4
@@ -615,7 +633,7 @@ def test_moments_of_nothing_give_finite_factors(method, layer) -> None:
     nothing = Moments(torch.zeros_like(moments.inputs), torch.zeros_like(moments.gradients))
     for known in (nothing, Moments(nothing.inputs), Moments(gradients=nothing.gradients)):
         family = method.fit(layer, known)
-        for rank in family.ranks():
+        for rank in tried_ranks(method, family):
             form = family.build(rank)
             assert all(torch.isfinite(parameter).all() for parameter in form.parameters())
             assert family.loss(rank) == 0

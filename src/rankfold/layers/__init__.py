@@ -6,7 +6,9 @@ layer back; a recurrent layer is a smaller one and a readout, and no other layer
 the factors are found is the business of `rankfold.methods`.
 """
 
+from rankfold.layers.block_term import BlockTermConvolution, block_term_limit, block_widths
 from rankfold.layers.chain import CONVOLUTIONS, Convolution, axis_groups
+from rankfold.layers.cp import CPConvolution, cp_limit, cp_modes
 from rankfold.layers.fixed_basis import FixedBasisConvolution
 from rankfold.layers.flattened import FlattenedConvolution
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
@@ -26,6 +28,7 @@ from rankfold.layers.separable import (
     split_kernel,
 )
 from rankfold.layers.separable_basis import SeparableBasisConvolution
+from rankfold.layers.tensor_train import TensorTrainConvolution, train_limits, train_modes
 from rankfold.layers.transposed import (
     TRANSPOSED,
     Transposed,
@@ -33,12 +36,15 @@ from rankfold.layers.transposed import (
     adjoint_weights,
 )
 from rankfold.layers.tucker import TuckerConvolution
+from rankfold.layers.tucker_cp import TuckerCPConvolution, tucker_cp_limits
 from rankfold.layers.two_factor import TwoFactorConvolution, TwoFactorLinear
 
 __all__ = [
     "CONVOLUTIONS",
     "RECURRENT",
     "TRANSPOSED",
+    "BlockTermConvolution",
+    "CPConvolution",
     "ChannelSelection",
     "Convolution",
     "Dense",
@@ -52,8 +58,10 @@ __all__ = [
     "SeparableBasisConvolution",
     "SeparableBottleneck",
     "SeparableConvolution",
+    "TensorTrainConvolution",
     "Transposed",
     "TransposedConvolution",
+    "TuckerCPConvolution",
     "TuckerConvolution",
     "TwoFactorConvolution",
     "TwoFactorLinear",
@@ -61,8 +69,15 @@ __all__ = [
     "assign_factors",
     "axis_groups",
     "block_names",
+    "block_term_limit",
+    "block_widths",
     "check_ranks",
+    "cp_limit",
+    "cp_modes",
     "directions_of",
     "separable_limit",
     "split_kernel",
+    "train_limits",
+    "train_modes",
+    "tucker_cp_limits",
 ]

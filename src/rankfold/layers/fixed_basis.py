@@ -3,13 +3,13 @@
 from typing import cast
 
 import torch
-from torch import nn
 
-from rankfold.layers.chain import Convolution, all_axes, dense_convolution, link
+from rankfold.layers.chain import Convolution, all_axes, link
 from rankfold.layers.form import check_ranks
+from rankfold.layers.linked import LinkedConvolution
 
 
-class FixedBasisConvolution(nn.Sequential):
+class FixedBasisConvolution(LinkedConvolution):
     """Depthwise `Conv k in→in R (stride, padding, dilation)`, frozen; `Conv 1x1 in R→out`."""
 
     def __init__(
@@ -32,10 +32,3 @@ class FixedBasisConvolution(nn.Sequential):
         )
         weight = cast(Convolution, self[0]).weight.requires_grad_(False)
         weight.copy_(filters.repeat(inputs, *(1 for _ in layer.kernel_size))[:, None])
-
-    def to_dense(self) -> Convolution:
-        """The `nn.Conv1d`, `2d` or `3d` that this represents."""
-        spatial, last = (cast(Convolution, factor) for factor in self)
-        by_channel = spatial.weight.squeeze(1).unflatten(0, (spatial.groups, -1))
-        mixed = last.weight.flatten(1).unflatten(1, (spatial.groups, -1))
-        return dense_convolution(self, torch.einsum("oim,im...->oi...", mixed, by_channel))

@@ -6,10 +6,11 @@ from typing import cast
 import torch
 from torch import nn
 
-from rankfold.layers.chain import Convolution, axis_groups, dense_convolution, link
+from rankfold.layers.chain import Convolution, axis_groups, link
+from rankfold.layers.linked import LinkedConvolution
 
 
-class FlattenedConvolution(nn.Sequential):
+class FlattenedConvolution(LinkedConvolution):
     """`Conv 1x1 in→out`, then for each axis of the kernel a depthwise convolution along it.
 
     The form of Jin, Dundar, Culurciello: Flattened convolutional neural networks for feedforward
@@ -43,11 +44,3 @@ class FlattenedConvolution(nn.Sequential):
             kernel = cast(Convolution, depthwise)
             bound = math.sqrt(3 / math.prod(kernel.kernel_size))
             nn.init.uniform_(kernel.weight, -bound, bound)
-
-    def to_dense(self) -> Convolution:
-        """The `nn.Conv1d`, `2d` or `3d` that this represents."""
-        first, *depthwise = (cast(Convolution, factor).weight for factor in self)
-        weight = first
-        for filters in depthwise:  # broadcast over the axes that they do not have
-            weight = weight * filters
-        return dense_convolution(self, weight)

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
-from torch import nn
 
-from rankfold.layers.chain import Convolution, axis_groups, dense_convolution, link
+from rankfold.layers.chain import Convolution, axis_groups, link
 from rankfold.layers.form import check_ranks
+from rankfold.layers.linked import LinkedConvolution
 
 
 def two_groups(layer: Convolution) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -24,7 +23,7 @@ def split_kernel(layer: Convolution) -> torch.Tensor:
     return layer.weight.detach().reshape(layer.out_channels, layer.in_channels, length, -1)
 
 
-class SeparableConvolution(nn.Sequential):
+class SeparableConvolution(LinkedConvolution):
     """`Conv kx1 in→rank (stride, ... of this axis)`, `Conv 1xk rank→out (of the other)`.
 
     Scheme 2 of Jaderberg et al. 2014. Of a 3-D kernel the first axis longer than 1 is the vertical
@@ -47,13 +46,8 @@ class SeparableConvolution(nn.Sequential):
             link(layer, rank, layer.out_channels, horizontal, bias=bias, device=device),
         )
 
-    def to_dense(self) -> Convolution:
-        """The `nn.Conv2d` or `3d` that this represents."""
-        first, last = (cast(Convolution, factor).weight for factor in self)
-        return dense_convolution(self, one_after_the_other(first, last))
 
-
-class SeparableBottleneck(nn.Sequential):
+class SeparableBottleneck(LinkedConvolution):
     """`Conv kx1 in→r_1`, `Conv 1xk r_1→r_2`, `Conv 1x1 r_2→out`.
 
     The asymmetric 3-D form of Zhang et al. 2016. Ranks are given as (r_1, r_2), in the order of
@@ -82,21 +76,8 @@ class SeparableBottleneck(nn.Sequential):
             link(layer, outputs, layer.out_channels, bias=bias, device=device),
         )
 
-    def to_dense(self) -> Convolution:
-        """The `nn.Conv2d` or `3d` that this represents."""
-        first, second, last = (cast(Convolution, factor).weight for factor in self)
-        spatial = one_after_the_other(first, second)
-        return dense_convolution(self, torch.tensordot(last.flatten(1), spatial, dims=1))
-
 
 def separable_limit(layer: Convolution) -> int:
     """The full rank: the lesser side of the unfolding (in * vertical) x (out * horizontal)."""
     outputs, inputs, vertical, horizontal = split_kernel(layer).shape
     return min(inputs * vertical, outputs * horizontal)
-
-
-def one_after_the_other(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The kernel (out, in, *kernel) of two, (rank, in, *) and (out, rank, *), of no common axis."""
-    lengths = [max(pair) for pair in zip(first.shape[2:], second.shape[2:], strict=True)]
-    flat = torch.einsum("rih,orw->oihw", first.flatten(2), second.flatten(2))
-    return flat.reshape(*flat.shape[:2], *lengths)

@@ -1,17 +1,16 @@
 """Convolutions by a few separable filters for each input channel, which the outputs share."""
 
 import math
-from typing import cast
 
 import torch
-from torch import nn
 
-from rankfold.layers.chain import Convolution, dense_convolution, link
+from rankfold.layers.chain import Convolution, link
 from rankfold.layers.form import check_ranks
+from rankfold.layers.linked import LinkedConvolution
 from rankfold.layers.separable import two_groups
 
 
-class SeparableBasisConvolution(nn.Sequential):
+class SeparableBasisConvolution(LinkedConvolution):
     """Depthwise `kx1 in→in M`, depthwise `1xk in M→in M`, `Conv 1x1 in M→out`.
 
     Scheme 1 of Jaderberg et al. 2014: M filters for each input channel. The stride, padding and
@@ -34,12 +33,3 @@ class SeparableBasisConvolution(nn.Sequential):
             link(layer, features, features, horizontal, groups=features, device=device),
             link(layer, features, layer.out_channels, bias=bias, device=device),
         )
-
-    def to_dense(self) -> Convolution:
-        """The `nn.Conv2d` or `3d` that this represents."""
-        vertical, horizontal, last = (cast(Convolution, factor) for factor in self)
-        # Of each feature the two filters, broadcast over the axes that they do not have.
-        kernels = (vertical.weight * horizontal.weight).squeeze(1)
-        by_channel = kernels.unflatten(0, (vertical.groups, -1))
-        mixed = last.weight.flatten(1).unflatten(1, (vertical.groups, -1))
-        return dense_convolution(self, torch.einsum("oim,im...->oi...", mixed, by_channel))

@@ -4,6 +4,8 @@ Order matters in one way: a rule that reads ranks off one spectrum (EVBMF, energ
 uses the first method that applies to a layer; a budget lets all of them compete.
 """
 
+from rankfold.methods.block_term import BlockTerm
+from rankfold.methods.cp import CanonicalPolyadic, SeparableCanonicalPolyadic
 from rankfold.methods.fewer_units import RemoveUnits
 from rankfold.methods.fixed_basis import FixedBasis
 from rankfold.methods.flattened import Flattened
@@ -15,7 +17,9 @@ from rankfold.methods.separable import Separable
 from rankfold.methods.separable3 import Separable3
 from rankfold.methods.separable_basis import SeparableBasis
 from rankfold.methods.svd import LowRank
+from rankfold.methods.tensor_train import TensorTrain
 from rankfold.methods.tucker2 import Tucker2
+from rankfold.methods.tucker_cp import TuckerCP
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -27,6 +31,11 @@ METHODS: dict[str, type[Method]] = {
         SeparableBasis,
         Flattened,
         FixedBasis,
+        CanonicalPolyadic,
+        SeparableCanonicalPolyadic,
+        TuckerCP,
+        TensorTrain,
+        BlockTerm,
         Interpolative,
         FullRank,
         RemoveUnits,
@@ -36,6 +45,8 @@ METHODS: dict[str, type[Method]] = {
 __all__ = [
     "METHODS",
     "WEIGHT_METRIC",
+    "BlockTerm",
+    "CanonicalPolyadic",
     "Family",
     "FixedBasis",
     "Flattened",
@@ -49,8 +60,11 @@ __all__ = [
     "Separable",
     "Separable3",
     "SeparableBasis",
+    "SeparableCanonicalPolyadic",
     "Spectrum",
+    "TensorTrain",
     "Tucker2",
+    "TuckerCP",
     "aligned_ranks",
     "other_kind",
 ]

@@ -17,7 +17,7 @@ from torch import nn
 
 from rankfold.decompose.decomposition import working_precision
 from rankfold.layers import Convolution, FixedBasisConvolution, assign_factors, check_ranks
-from rankfold.methods.method import Rank, Spectrum, check_alignment, why_not_convolution
+from rankfold.methods.method import Rank, Spectrum, check_alignment, why_not_spatial
 from rankfold.methods.mixture import best_mixture, errors_by_filter
 from rankfold.methods.moments import Moments
 
@@ -44,11 +44,9 @@ class FixedBasis:
             raise ValueError(f"the bases are {', '.join(BASES)}, not {self.basis!r:.40}")
 
     def why_not(self, layer: nn.Module) -> str | None:
-        if (reason := why_not_convolution(layer)) is not None:
+        if (reason := why_not_spatial(layer)) is not None:
             return reason
         lengths = layer.get_parameter("weight").shape[2:]
-        if lengths.numel() == 1:
-            return "a 1x1 kernel has no spatial basis: svd serves it"
         if self.basis == "haar" and any(length & (length - 1) for length in lengths):
             size = "x".join(map(str, lengths))
             return f"a kernel of {size}: the basis haar takes lengths that are powers of 2"

@@ -22,7 +22,7 @@ from rankfold.layers import (
     check_ranks,
 )
 from rankfold.methods.alternating import Factors, alternate, improve
-from rankfold.methods.method import Rank, Spectrum, check_alignment, why_not_convolution
+from rankfold.methods.method import Rank, Spectrum, check_alignment, why_not_spatial
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import solve
 
@@ -43,11 +43,7 @@ class Flattened:
         check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
-        if (reason := why_not_convolution(layer)) is not None:
-            return reason
-        if layer.get_parameter("weight").shape[2:].numel() == 1:
-            return "a 1x1 kernel has no axes to flatten: svd serves it"
-        return None
+        return why_not_spatial(layer)
 
     def fit(self, layer: Convolution, moments: Moments) -> "FlattenedFamily":
         weight = working_precision(layer.weight.detach()).double()

@@ -6,6 +6,8 @@ moment does not matter, because L is free. This is Jaderberg's "data reconstruct
 least squares on responses (Jaderberg et al. 2014, section 3.2), without visiting the data again.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from rankfold.methods.moments import Moments
@@ -59,3 +61,27 @@ def added_by_each(gram: torch.Tensor, crossed: torch.Tensor, moments: Moments) -
 def tail(kept: torch.Tensor) -> torch.Tensor:
     """What is lost with the leading 1, 2, ... of squared norms (n,): (n,), ending in 0."""
     return torch.cat([kept.flip(0).cumsum(0).flip(0)[1:], kept.new_zeros(1)])
+
+
+def improved_last_factor(
+    weight: torch.Tensor, last: torch.Tensor, features: torch.Tensor, moments: Moments
+) -> torch.Tensor:
+    """The last factor, (out, rank), float64, that is best in the metric of whole patches.
+
+    `last` comes from a fit in the metric of channels, and comes back as it is where no more is
+    known. Directions that the inputs never show stay as they are in it.
+    """
+    if moments.of_channels(weight.shape[1]) is moments:
+        return last
+    product = torch.tensordot(last.double(), features.double(), dims=1)
+    return last + best_last_factor(weight.double() - product, features, moments)
+
+
+def of_equal_norms(factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The factors of a product scaled so that all have the same norm: none trains faster."""
+    norms = torch.stack([torch.linalg.vector_norm(factor) for factor in factors])
+    mean = norms.log().mean().exp()  # 0 for a product that vanishes
+    return [
+        factor * (mean / norm) if norm > 0 else factor
+        for factor, norm in zip(factors, norms, strict=True)
+    ]

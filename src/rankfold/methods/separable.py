@@ -32,7 +32,7 @@ from rankfold.methods.method import (
     Spectrum,
     aligned_ranks,
     check_alignment,
-    why_not_convolution,
+    why_not_spatial,
 )
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import added_by_each, solve, tail
@@ -55,7 +55,7 @@ class Separable:
         check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
-        return why_not_separable(layer)
+        return why_not_spatial(layer, axes=2)
 
     def fit(self, layer: Convolution, moments: Moments) -> "SeparableFamily":
         return SeparableFamily(layer, separate(layer, moments), self.alignment)
@@ -63,17 +63,6 @@ class Separable:
     def skeleton(self, layer: Convolution, rank: Rank) -> nn.Sequential:
         check_ranks(rank, (separable_limit(layer),), layer)
         return SeparableConvolution(layer, rank[0], device="meta")
-
-
-def why_not_separable(layer: nn.Module) -> str | None:
-    """Why a kernel cannot be taken apart along its axes, or None."""
-    if (reason := why_not_convolution(layer)) is not None:
-        return reason
-    lengths = layer.get_parameter("weight").shape[2:]
-    if sum(length > 1 for length in lengths) < 2:
-        size = "x".join(map(str, lengths))
-        return f"a kernel of {size} has no two axes to take apart: svd serves it"
-    return None
 
 
 @dataclass(frozen=True, eq=False)

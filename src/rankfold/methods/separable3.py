@@ -18,7 +18,7 @@ from torch import nn
 from rankfold.decompose.matrix import leading_eigenvectors
 from rankfold.layers import Convolution, SeparableBottleneck, assign_factors, check_ranks
 from rankfold.methods.alternating import Factors, alternate
-from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment
+from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, why_not_spatial
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import tail
 from rankfold.methods.separable import (
@@ -30,7 +30,6 @@ from rankfold.methods.separable import (
     normal_equations,
     separate,
     squared_errors,
-    why_not_separable,
 )
 
 # Numbers of vertical filters for which the outputs' spectrum is computed.
@@ -51,7 +50,7 @@ class Separable3:
         check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
-        return why_not_separable(layer)
+        return why_not_spatial(layer, axes=2)
 
     def fit(self, layer: Convolution, moments: Moments) -> "Separable3Family":
         return Separable3Family(layer, separate(layer, moments), self.alignment)

@@ -24,10 +24,9 @@ from rankfold.layers import (
     split_kernel,
 )
 from rankfold.methods.alternating import Factors, alternate, improve
-from rankfold.methods.method import Rank, Spectrum, check_alignment
+from rankfold.methods.method import Rank, Spectrum, check_alignment, why_not_spatial
 from rankfold.methods.mixture import best_mixture, errors_by_filter, mixed
 from rankfold.methods.moments import Moments
-from rankfold.methods.separable import why_not_separable
 
 _POWER_ITERATIONS = 5
 
@@ -52,7 +51,7 @@ class SeparableBasis:
             raise ValueError(f"shared is true or false, not {self.shared!r:.40}")
 
     def why_not(self, layer: nn.Module) -> str | None:
-        return why_not_separable(layer)
+        return why_not_spatial(layer, axes=2)
 
     def fit(self, layer: Convolution, moments: Moments) -> "SeparableBasisFamily":
         weight = working_precision(split_kernel(layer)).double()
