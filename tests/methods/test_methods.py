@@ -169,7 +169,7 @@ def test_a_layer_of_exactly_this_rank_is_recovered(name, data, seed) -> None:
 def closed_form_cost(method: str, layer: nn.Module, rank, given, made):
     """Parameters and MACs by hand, for inputs and outputs of these shapes.
 
-    Kim et al. 2016, equations 4 to 7, and the two-factor form; Jaderberg et al. 2014, section 2.
+    Kim et al. 2016, equations 4 to 7, and the two-factor form; Jaderberg et al. 2014.
     """
     bias = 0 if layer.bias is None else layer.weight.shape[0]
     outputs, inputs = layer.weight.shape[:2]
