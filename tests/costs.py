@@ -66,20 +66,20 @@ def interpolative(of: Plain, channels: int) -> Links:
 
 
 def separable(of: Plain, r: int) -> Links:
-    """Jaderberg et al. 2014, section 2."""
+    """Jaderberg et al. 2014."""
     length, walked = of.column
     return [(of.inputs * length * r, walked), (r * of.row * of.outputs, of.axes)]
 
 
 def separable3(of: Plain, r: int, q: int) -> Links:
-    """Zhang et al. 2016, section 3.4."""
+    """Zhang et al. 2016."""
     length, walked = of.column
     last = (q * of.outputs, of.axes)
     return [(of.inputs * length * r, walked), (r * of.row * q, of.axes), last]
 
 
 def separable_basis(of: Plain, m: int) -> Links:
-    """Jaderberg et al. 2014, section 2."""
+    """Jaderberg et al. 2014."""
     length, walked = of.column
     features = of.inputs * m
     return [(features * length, walked), (features * (of.row + of.outputs), of.axes)]
@@ -99,13 +99,13 @@ def cp(of: Plain, r: int) -> Links:
 
 
 def cp_separable(of: Plain, r: int) -> Links:
-    """Lebedev et al. 2015, section 3.3."""
+    """Lebedev et al. 2015."""
     filters = [(r * n, walked) for n, walked in of.longer]
     return [(of.inputs * r, 0), *filters, (r * of.outputs, of.axes)]
 
 
 def tucker_cp(of: Plain, r: int, width: int) -> Links:
-    """Phan et al. 2020, section 3."""
+    """Phan et al. 2020."""
     w_in, w_out = min(width, of.inputs), min(width, of.outputs)
     behind = r * (of.places + w_out) + w_out * of.outputs
     return [((of.inputs + r) * w_in, 0), (behind, of.axes)]

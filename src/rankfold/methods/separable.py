@@ -170,13 +170,9 @@ def separate(layer: Convolution, moments: Moments) -> Separated:
     outputs, inputs, vertical, horizontal = weight.shape
     matrix = weight.permute(1, 2, 0, 3).reshape(inputs * vertical, -1)
     gradients = moments.gradients
-    if gradients is None:
-        gradients = torch.eye(outputs).to(weight)
-    left, right, squares = _truncations(
-        matrix,
-        _column_moment(weight, moments),
-        torch.kron(gradients, torch.eye(horizontal).to(gradients)),
-    )
+    if gradients is not None:
+        gradients = torch.kron(gradients, torch.eye(horizontal).to(gradients))
+    left, right, squares = _truncations(matrix, _column_moment(weight, moments), gradients)
     return Separated(
         weight,
         left.mT.reshape(-1, inputs, vertical),
@@ -186,12 +182,12 @@ def separate(layer: Convolution, moments: Moments) -> Separated:
     )
 
 
-def _column_moment(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+def _column_moment(weight: torch.Tensor, moments: Moments) -> torch.Tensor | None:
     """That of the inputs in a column of a patch, (in * vertical) squared: the mean over columns."""
     _, inputs, vertical, horizontal = weight.shape
     known = moments.inputs
     if known is None:
-        return torch.eye(inputs * vertical).to(weight)
+        return None
     if len(known) == inputs:
         return torch.kron(known, torch.eye(vertical).to(known))
     split = known.reshape(inputs * vertical, horizontal, inputs * vertical, horizontal)
@@ -199,7 +195,7 @@ def _column_moment(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
 
 
 def _truncations(
-    matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    matrix: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Left (rows, full rank), right (full rank, columns), squared singular values, in a metric.
 
@@ -207,20 +203,26 @@ def _truncations(
     projection, so that at full rank the matrix comes back whatever the moments. left is
     orthonormal in the metric of the rows.
     """
-    full = min(matrix.shape)
-    if len(rows) <= len(columns):
-        roots = symmetric_roots(rows, _FLOOR)
-        turned = roots.root @ matrix
-        squares, u = leading_eigenvectors(_symmetric(turned @ columns @ turned.mT))
-        return roots.inverse_root @ u, u.mT @ turned, squares
-    roots = symmetric_roots(columns, _FLOOR)
-    turned = matrix @ roots.root
-    squares, v = leading_eigenvectors(_symmetric(turned.mT @ rows @ turned))
-    left, right = (turned @ v)[:, :full], (v.mT @ roots.inverse_root)[:full]
-    variance = (left * (rows @ left)).sum(0)
+    if matrix.shape[0] <= matrix.shape[1]:
+        return _by_rows(matrix, rows, columns)
+    right, left, squares = _by_rows(matrix.mT, columns, rows)
+    left, right = left.mT, right.mT
+    seen = left if rows is None else rows @ left
+    variance = (left * seen).sum(0)
     least = _FLOOR * variance.max()
     norms = torch.where(least > 0, variance.clamp_min(least), 1).sqrt()
-    return left / norms, right * norms[:, None], squares[:full]
+    return left / norms, right * norms[:, None], squares
+
+
+def _by_rows(
+    matrix: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of a matrix with no more rows than columns."""
+    roots = None if rows is None else symmetric_roots(rows, _FLOOR)
+    turned = matrix if roots is None else roots.root @ matrix
+    seen = turned if columns is None else turned @ columns
+    squares, u = leading_eigenvectors(_symmetric(seen @ turned.mT))
+    return u if roots is None else roots.inverse_root @ u, u.mT @ turned, squares
 
 
 def squared_errors(separated: Separated) -> torch.Tensor:
@@ -272,7 +274,9 @@ def better_vertical(
     gram = torch.einsum("orw,osw->rs", horizontal, weighed)
 
     def precondition(residual: torch.Tensor) -> torch.Tensor:
-        halfway = solve(columns, residual.flatten(1))
+        halfway = residual.flatten(1)
+        if columns is not None:
+            halfway = solve(columns, halfway)
         return solve(_symmetric(gram), halfway.mT).mT.reshape(residual.shape)
 
     def product(vertical: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Spatially separable convolutions with fewer channels: kx1, 1xk, 1x1.
 
 "Asymmetric (3d)" of Zhang, Zou, He, Sun: Accelerating very deep convolutional networks for
-classification and detection. IEEE TPAMI 38, 2016, section 3.5: the spatial decomposition of
+classification and detection. IEEE TPAMI 38, 2016: the spatial decomposition of
 Jaderberg et al. 2014, then that of the channels of its second convolution.
 """
 
