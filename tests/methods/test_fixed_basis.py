@@ -135,7 +135,7 @@ def test_the_geometry_goes_to_the_basis_and_the_bias_to_the_mixture() -> None:
 @pytest.mark.parametrize(
     ("layer", "basis", "words"),
     [
-        (nn.Conv2d(4, 4, 1), "dct", "a 1x1 kernel has no spatial basis"),
+        (nn.Conv2d(4, 4, 1), "dct", "a kernel of 1x1 has no spatial modes"),
         (nn.Conv2d(4, 4, (2, 3)), "haar", "a kernel of 2x3: the basis haar takes lengths"),
         (nn.Linear(4, 4), "dct", "no factorization for Linear layers"),
     ],

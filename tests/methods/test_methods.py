@@ -31,7 +31,7 @@ KERNEL_METHODS = {
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 methods = st.sampled_from(sorted(KERNEL_METHODS))
 seeds = st.integers(0, 1000)
-several = settings(max_examples=100, suppress_health_check=[HealthCheck.filter_too_much])
+several = settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much])
 
 # What a method cannot keep by its nature:
 # Of one candidate, that loses nothing: in a metric, nothing of what the metric sees.
@@ -50,18 +50,21 @@ COUNTED = {"separable-basis", "fixed-basis", "block-term"}
 # One factor is given and frozen.
 FROZEN = {"fixed-basis"}
 
+ONE_OF_EACH_KIND = [
+    nn.Conv1d(16, 20, 3, stride=2, padding=1),
+    nn.Conv2d(20, 17, 3, padding="same", dilation=2, padding_mode="reflect"),
+    nn.Conv3d(16, 16, 2, padding_mode="circular", padding=1),
+    nn.Conv2d(16, 20, (3, 2), stride=2, groups=2),
+    nn.ConvTranspose2d(20, 16, (3, 2), stride=(2, 1), output_padding=(1, 0)),
+    nn.ConvTranspose1d(16, 20, 3, padding=1, groups=2, bias=False),
+]
 EXAMPLES = [
+    *ONE_OF_EACH_KIND,
     nn.Linear(40, 24),
     nn.Linear(24, 40, bias=False),
-    nn.Conv1d(16, 24, 3, stride=2, padding=1),
     nn.Conv2d(16, 24, (3, 1), stride=(2, 1), padding=(1, 0), bias=False),
-    nn.Conv2d(20, 17, 3, padding="same", dilation=2, padding_mode="reflect"),
     nn.Conv2d(3, 32, 5),
     nn.Conv2d(32, 24, 1),
-    nn.Conv3d(16, 16, 2, padding_mode="circular", padding=1),
-    nn.Conv2d(32, 20, (3, 2), stride=2, groups=2),
-    nn.ConvTranspose2d(20, 16, (3, 2), stride=(2, 1), output_padding=(1, 0)),
-    nn.ConvTranspose1d(24, 36, 3, padding=1, groups=2, bias=False),
 ]
 
 
@@ -88,8 +91,15 @@ class Reduced:
 CASES = [
     pytest.param(Reduced(method()), layer, id=f"{name}-{layer}")
     for name, method in METHODS.items()
-    for layer in EXAMPLES
+    for layer in (ONE_OF_EACH_KIND if name in APPROXIMATE else EXAMPLES)
     if reduction.why_not(method(), layer) is None
+]
+# What is known of the inputs (whole patches, or channels alone) and of the gradients.
+KNOWN = [("patches", True), ("patches", False), ("channels", False), ("channels", True), ("", True)]
+IN_A_METRIC = [
+    pytest.param(*case.values, *known, id="-".join(map(str, (case.id, *known))))
+    for case in CASES
+    for known in (KNOWN[::2] if case.values[0].name in ALTERNATING else KNOWN)
 ]
 
 
@@ -128,9 +138,9 @@ def full_rank(family) -> tuple[int, ...]:
 
 
 def tried_ranks(method: Reduced, family) -> list[tuple[int, ...]]:
-    """All; where each is a fit of its own: the least, one in the middle, and full rank."""
+    """All; where each is improved by iteration: the least, one in the middle, and full rank."""
     ranks = list(family.ranks())
-    if method.name not in APPROXIMATE:
+    if method.name not in ALTERNATING:
         return ranks
     return sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
 
@@ -147,7 +157,7 @@ def weight_error(form, layer) -> float:
 @several
 @given(methods, st.data(), st.sampled_from(list(TOLERANCE)), seeds)
 def test_at_full_rank_nothing_changes(name, data, dtype, seed) -> None:
-    layer, shape = data.draw(layers(dtype))
+    layer, shape = data.draw(layers(dtype, channels=st.integers(1, 12)))
     method = applicable(name, layer)
     family = method.fit(layer, WEIGHT_METRIC)
     form = family.build(full_rank(family))
@@ -166,11 +176,16 @@ def test_at_full_rank_nothing_changes(name, data, dtype, seed) -> None:
 @given(methods, st.data(), seeds)
 def test_the_form_is_the_dense_layer_that_it_represents(name, data, seed) -> None:
     """For random factors, and in every geometry."""
-    layer, shape = data.draw(layers(torch.float64))
+    layer, shape = data.draw(layers(torch.float64, channels=st.integers(1, 12)))
     method = applicable(name, layer)
-    rank = data.draw(st.sampled_from(list(method.fit(layer, WEIGHT_METRIC).ranks())))
-    assert all(parameter.is_meta for parameter in method.skeleton(layer, rank).parameters())
-    form = with_random_factors(method.fit(layer, WEIGHT_METRIC).build(rank), seed)
+    family = method.fit(layer, WEIGHT_METRIC)
+    rank = data.draw(st.sampled_from(list(family.ranks())))
+    skeleton = method.skeleton(layer, rank)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    fitted = skeleton.to_empty(device="cpu") if name in APPROXIMATE else family.build(rank)
+    form = with_random_factors(fitted, seed)
+    if layer.bias is not None:
+        nn.init.normal_(form[-1].bias)
     dense = form.to_dense()
     assert repr(dense) == repr(layer) and type(dense) is type(layer)
     inputs = tensor_of(shape, seed=seed)
@@ -216,7 +231,7 @@ def test_the_loss_is_the_error_and_does_not_grow_with_rank(name, data) -> None:
 @several
 @given(st.sampled_from(sorted(KERNEL_METHODS.keys() - APPROXIMATE)), st.data(), seeds)
 def test_a_layer_of_exactly_this_rank_is_recovered(name, data, seed) -> None:
-    layer, _ = data.draw(layers(torch.float64, channels=st.integers(2, 12)))
+    layer, _ = data.draw(layers(torch.float64, channels=st.integers(2, 8)))
     method = applicable(name, layer)
     rank = data.draw(st.sampled_from(list(method.fit(layer, WEIGHT_METRIC).ranks())))
     form = with_random_factors(method.fit(layer, WEIGHT_METRIC).build(rank), seed)
@@ -232,7 +247,7 @@ def test_a_layer_of_exactly_this_rank_is_recovered(name, data, seed) -> None:
 @several
 @given(methods, st.data())
 def test_costs_are_those_of_the_closed_formulas(name, data) -> None:
-    layer, shape = data.draw(layers())
+    layer, shape = data.draw(layers(channels=st.integers(1, 12)))
     method = applicable(name, layer)
     rank = data.draw(st.sampled_from(list(method.fit(layer, WEIGHT_METRIC).ranks())))
     skeleton = method.skeleton(layer, rank)
@@ -293,7 +308,7 @@ GEOMETRIES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("name", KERNEL_METHODS)
 def test_every_geometry_in_every_precision(name, geometry, dtype) -> None:
@@ -415,10 +430,6 @@ def test_senseless_alignments_are_refused(name, alignment) -> None:
         METHODS[name](alignment=alignment)
 
 
-# What is known of the inputs (whole patches, or channels alone) and of the gradients.
-KNOWN = [("patches", True), ("patches", False), ("channels", True), ("channels", False), ("", True)]
-
-
 def in_a_metric(layer: nn.Module, inputs: str, gradients: bool, rank: int | None = None):
     """The layer in float64 with weights of its own, and a metric; `rank` of singular moments."""
     layer = copy.deepcopy(layer).double()
@@ -474,8 +485,7 @@ def whitened(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
     return flat
 
 
-@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize(("method", "layer"), CASES)
+@pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_in_a_metric_full_rank_is_still_the_dense_layer(method, layer, inputs, gradients) -> None:
     layer, moments = in_a_metric(layer, inputs, gradients)
     family = method.fit(layer, moments)
@@ -517,8 +527,7 @@ def test_a_scale_is_the_unit_of_the_loss(method, layer) -> None:
         assert family.loss(rank) == pytest.approx(expected, rel=1e-9, abs=1e-9 * whole)
 
 
-@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize(("method", "layer"), CASES)
+@pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_a_metric_is_served_better_by_what_is_fitted_in_it(
     method, layer, inputs, gradients
 ) -> None:
@@ -538,8 +547,7 @@ def test_a_metric_is_served_better_by_what_is_fitted_in_it(
         assert sum(errors) < sum(others) or method.name in LOSSLESS
 
 
-@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize(("method", "layer"), CASES)
+@pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_in_a_metric_the_loss_does_not_grow_with_rank(method, layer, inputs, gradients) -> None:
     family = method.fit(*in_a_metric(layer, inputs, gradients))
     losses = {rank: family.loss(rank) for rank in family.ranks()}
@@ -594,8 +602,7 @@ def test_the_core_of_tucker2_is_best_in_the_metric_of_patches(layer, gradients) 
         assert ahead - least == pytest.approx(behind - least, rel=1e-4)
 
 
-@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize(("method", "layer"), CASES)
+@pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_singular_moments_give_finite_factors(method, layer, inputs, gradients) -> None:
     """All inputs along one direction; two outputs, and all gradients but along one direction, 0."""
     layer, moments = in_a_metric(layer, inputs, gradients, rank=1)
@@ -611,8 +618,7 @@ def test_singular_moments_give_finite_factors(method, layer, inputs, gradients) 
         assert 0 <= family.loss(rank) <= most
 
 
-@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize(("method", "layer"), CASES)
+@pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_at_full_rank_singular_moments_change_nothing(
     request, method, layer, inputs, gradients
 ) -> None:
@@ -639,8 +645,7 @@ def test_moments_of_nothing_give_finite_factors(method, layer) -> None:
             assert family.loss(rank) == 0
 
 
-@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize(("method", "layer"), CASES)
+@pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_weights_that_cannot_be_are_refused_in_a_metric_too(
     method, layer, inputs, gradients
 ) -> None:

@@ -158,10 +158,10 @@ def test_the_metric_of_patches_sees_what_that_of_channels_cannot() -> None:
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (nn.Conv1d(16, 16, 5), "a kernel of 5 has no two axes"),
-        (nn.Conv2d(16, 16, 1), "a kernel of 1x1 has no two axes"),
-        (nn.Conv2d(16, 16, (1, 5)), "a kernel of 1x5 has no two axes"),
-        (nn.Conv3d(16, 16, (3, 1, 1)), "a kernel of 3x1x1 has no two axes"),
+        (nn.Conv1d(16, 16, 5), "a kernel of 5 is longer than 1 along one axis alone"),
+        (nn.Conv2d(16, 16, 1), "a kernel of 1x1 has no spatial modes"),
+        (nn.Conv2d(16, 16, (1, 5)), "a kernel of 1x5 is longer than 1 along one axis"),
+        (nn.Conv3d(16, 16, (3, 1, 1)), "a kernel of 3x1x1 is longer than 1 along one"),
         (nn.Linear(16, 16), "no factorization for Linear layers"),
     ],
 )

@@ -47,15 +47,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 # Those that an analysis tries unless it is told others: quick to fit, and often the best.
-DEFAULT_METHODS = (
-    "tucker2",
-    "svd",
-    "separable",
-    "tensor-train",
-    "interpolative",
-    "full-rank",
-    "fewer-units",
-)
+DEFAULT_METHODS = ("tucker2", "svd", "separable", "interpolative", "full-rank", "fewer-units")
 
 Methods = str | Sequence[str | Method]
 

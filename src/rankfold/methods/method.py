@@ -94,9 +94,10 @@ def why_not_spatial(layer: nn.Module, axes: int = 1, channels: int = 1) -> str |
     if longer == 0:
         return f"a kernel of {size} has no spatial modes: svd serves it"
     if longer < axes:
-        return f"a kernel of {size} is longer than 1 along one axis alone: tucker2 or svd serve it"
-    if min(outputs, inputs) < channels:
-        return f"only {min(outputs, inputs)} channels on a side: svd serves it"
+        return f"a kernel of {size} is longer than 1 along one axis alone: tucker2 serves it"
+    fewest = min(outputs, inputs)
+    if fewest < channels:
+        return f"only {fewest} channel{'s' * (fewest > 1)} on a side: svd serves it"
     return None
 
 
