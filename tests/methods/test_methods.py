@@ -637,9 +637,10 @@ def test_at_full_rank_singular_moments_change_nothing(
 def test_moments_of_nothing_give_finite_factors(method, layer) -> None:
     layer, moments = in_a_metric(layer, "patches", True)
     nothing = Moments(torch.zeros_like(moments.inputs), torch.zeros_like(moments.gradients))
-    for known in (nothing, Moments(nothing.inputs), Moments(gradients=nothing.gradients)):
+    of_one_side = [Moments(nothing.inputs), Moments(gradients=nothing.gradients)]
+    for known in (nothing, *(of_one_side if method.name not in APPROXIMATE else ())):
         family = method.fit(layer, known)
-        for rank in tried_ranks(method, family):
+        for rank in tried_ranks(method, family)[:2]:
             form = family.build(rank)
             assert all(torch.isfinite(parameter).all() for parameter in form.parameters())
             assert family.loss(rank) == 0
@@ -671,7 +672,7 @@ def test_a_metric_serves_every_precision(method, layer, dtype) -> None:
         assert weight_error(form, layer) < rounding[dtype]
     in_double = method.fit(double, moments)
     # A search may take another turn after rounding.
-    least = 1e-2 if method.name in APPROACHED else 1e-3
+    least = 1e-2 if method.name in APPROACHED | APPROXIMATE else 1e-3
     for rank in family.ranks():
         assert family.loss(rank) == pytest.approx(
             in_double.loss(rank), rel=rounding[dtype], abs=least

@@ -20,8 +20,9 @@ from rankfold.layers import Dense, SelectedChannels, assign_factors, check_ranks
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, why_not_dense
 from rankfold.methods.moments import Moments
 
-# Of the mean eigenvalue of the inputs' moment, added to all: what no input shows explains nothing.
-_RIDGE = 1e-10
+# Of the sum of the eigenvalues of the inputs' moment, added to all: what no input shows, but for the
+# rounding of the float32 products that a moment is the sum of, explains nothing.
+_RIDGE = 1e-8
 # Rows of a Cholesky factor that are gathered before their product is taken off a moment at once.
 _PENDING = 64
 
@@ -189,4 +190,4 @@ def _regressed(weight: torch.Tensor, channels: torch.Tensor, moments: Moments) -
 
 def _ridge(moment: torch.Tensor) -> float:
     """Something to add to the diagonal; 1 for a moment of nothing."""
-    return (_RIDGE * moment.diagonal().mean().item()) or 1.0
+    return (_RIDGE * moment.diagonal().sum().item()) or 1.0
