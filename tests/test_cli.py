@@ -80,6 +80,13 @@ def test_inspect_shows_every_layer_with_a_reason(monkeypatch, capsys) -> None:
     assert "16x8" in table and "grouped convolution, groups=48" in table
 
 
+def test_methods_are_chosen_by_name(monkeypatch, capsys) -> None:
+    methods = ["--methods", "cp", "--methods", "interpolative", "--loss-metric", "weight"]
+    told = run_json(monkeypatch, capsys, "inspect", *MODEL, "--macs", "0.4", *methods)
+    chosen = {layer["name"]: layer["method"] for layer in told["layers"]}
+    assert chosen["body"] == "cp" and set(chosen.values()) <= {"cp", "interpolative", None}
+
+
 def test_compress_prints_tables_and_recovers_on_labels(monkeypatch, capsys) -> None:
     arguments = ["--loss", "torch.nn.functional:cross_entropy", "--epochs", "1", "--threads", "2"]
     labelled = ["networks:make_model", "--data", "networks:make_labelled"]
@@ -119,6 +126,7 @@ def test_the_same_seed_gives_the_same_files(monkeypatch) -> None:
         (["inspect", *MODEL, "--device", "abacus"], "device 'abacus' cannot be used here"),
         (["compress", *MODEL, "--out", "taken"], "taken exists"),
         (["inspect", *MODEL, "--loss-metric", "taste"], "no metric 'taste'"),
+        (["inspect", *MODEL, "--methods", "taste"], "no method 'taste'; there are all, tucker2"),
         (["inspect", *MODEL, "--macs", "0.5", "--keep", "nowhere"], "no layer matches 'nowhere'"),
         (["compress", *MODEL, "--out", "x", "--macs", "0.5", "--max-drop", "0.1"], "not for both"),
         (["compress", *MODEL, "--out", "foreign", "--force"], "no saved model"),

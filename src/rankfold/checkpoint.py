@@ -115,7 +115,7 @@ def load(
         weight = next(layer.parameters())
         form = reduction.skeleton(method, layer, entry.rank or ())
         form = form.to_empty(device=weight.device)
-        return form.requires_grad_(weight.requires_grad)
+        return form if weight.requires_grad else form.requires_grad_(False)
 
     try:
         model = replace_layers(model, plan, skeleton)

@@ -74,6 +74,10 @@ Latency = Annotated[
 RuntimeName = Annotated[
     Runtime, typer.Option("--runtime", help="In which times are taken and must be kept.")
 ]
+MethodNames = Annotated[
+    list[str] | None,
+    typer.Option("--methods", help="Name of a method; may be repeated; or all of them: all."),
+]
 LossMetric = Annotated[
     str, typer.Option("--loss-metric", help="auto, weight, response, fisher, asvd, fwsvd.")
 ]
@@ -143,6 +147,7 @@ def inspect(
     evbmf: Evbmf = False,
     layers: Layers = None,
     keep: Keep = None,
+    methods: MethodNames = None,
     loss_metric: LossMetric = "auto",
     runtime: RuntimeName = "eager",
     plot: Annotated[
@@ -165,6 +170,7 @@ def inspect(
         batches,
         forward=run_forward,
         layers=layers or "*",
+        methods=methods or None,
         metric=loss_metric,
         timed=latency is not None or plot is not None or save_analysis is not None,
         runtime=runtime,
@@ -223,6 +229,7 @@ def compress(
     evbmf: Evbmf = False,
     layers: Layers = None,
     keep: Keep = None,
+    methods: MethodNames = None,
     loss_metric: LossMetric = "auto",
     runtime: RuntimeName = "eager",
     max_drop: Annotated[
@@ -263,6 +270,7 @@ def compress(
         fraction=fraction,
         evbmf=evbmf,
         layers=layers or "*",
+        methods=methods or None,
         overrides=Overrides(keep=keep or ()),
         loss_metric=loss_metric,
         runtime=runtime,

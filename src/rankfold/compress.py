@@ -12,7 +12,7 @@ from rankfold.batches import Data, Forward, device_of, first_batches, run
 from rankfold.errors import BudgetError
 from rankfold.factorize import factorize
 from rankfold.measure import Metric, evaluate, in_fastest_memory_format, measure
-from rankfold.methods import Method
+from rankfold.methods import Methods
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.record import attach_record, record_of
@@ -34,7 +34,7 @@ def compress(
     fraction: float | None = None,
     evbmf: bool = False,
     layers: str | Sequence[str] = "*",
-    methods: Sequence[Method] | None = None,
+    methods: Methods | None = None,
     overrides: Overrides = Overrides(),  # noqa: B008  (frozen)
     loss_metric: str = "auto",
     runtime: Runtime = "eager",

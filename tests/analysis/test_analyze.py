@@ -6,7 +6,7 @@ from torch import nn
 import rankfold
 from rankfold.cost import count_macs, count_parameters
 from rankfold.errors import BudgetError, RankfoldError, UnsupportedLayerError
-from rankfold.methods import LowRank
+from rankfold.methods import DEFAULT_METHODS, LowRank, SeparableBasis
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,19 @@ def test_only_the_layers_asked_for() -> None:
     assert {entry.name for entry in plan.factorized} == {"head", "body"}
     plan = rankfold.analyze(make_model(), make_data(), methods=[LowRank()]).plan(fraction=0.2)
     assert {entry.method for entry in plan.factorized} == {"svd"}
+
+
+def test_methods_are_the_default_ones_or_those_asked_for() -> None:
+    def tried(**options) -> set[str]:
+        found = rankfold.analyze(make_model(), make_data()[:1], metric="weight", **options)
+        return {candidate.method for layer in found.layers for candidate in layer.candidates}
+
+    default = tried()
+    assert {"tucker2", "svd"} < default <= set(DEFAULT_METHODS)
+    assert tried(methods=["cp", SeparableBasis(shared=True)]) == {"cp", "separable-basis"}
+    assert default < tried(methods="all")
+    with pytest.raises(RankfoldError, match="no method 'taste'"):
+        tried(methods="taste")
 
 
 def test_a_layer_asked_for_by_name_must_be_possible() -> None:

@@ -11,12 +11,15 @@ from rankfold.analysis.overrides import Overrides
 from rankfold.analysis.planning import Limit, choose_within_budget
 from rankfold.cost import count_parameters
 from rankfold.errors import BudgetError, PlanError
+from rankfold.methods import LowRank, Tucker2
 from rankfold.plan import LayerPlan
 
 
 @pytest.fixture(scope="module")
 def analysis() -> rankfold.Analysis:
-    return rankfold.analyze(make_model(), make_data()[:1], metric="weight")
+    """Of two methods, so that a new one does not change what is chosen without overrides."""
+    methods = [Tucker2(), LowRank()]
+    return rankfold.analyze(make_model(), make_data()[:1], metric="weight", methods=methods)
 
 
 def entries(plan: rankfold.Plan) -> dict[str, LayerPlan]:

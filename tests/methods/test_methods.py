@@ -10,6 +10,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from costs import cost_by_hand
 from geometry import layers, relative
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -30,23 +31,40 @@ KERNEL_METHODS = {
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 methods = st.sampled_from(sorted(KERNEL_METHODS))
 seeds = st.integers(0, 1000)
-several = settings(max_examples=100, suppress_health_check=[HealthCheck.filter_too_much])
+several = settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much])
 
+# What a method cannot keep by its nature:
 # Of one candidate, that loses nothing: in a metric, nothing of what the metric sees.
 LOSSLESS = {"full-rank"}
+# Of one rank, and too few parameters to be the dense layer: at full rank as near as they come.
+INEXACT = {"flattened"}
+# Each rank is a fit of its own, which finds a local optimum: a rank that a layer has exactly is
+# found if it is small (see the methods' own tests), a loss between measured ones is an estimate.
+APPROXIMATE = {"cp", "cp-separable", "tucker-cp", "block-term"}
+# Several factors are fitted in turn: from another start another optimum may be found.
+ALTERNATING = {"tucker2", "separable3", "separable-basis", "flattened", *APPROXIMATE}
+# The least error at a rank is out of reach: a layer of exactly this rank is approached.
+APPROACHED = {"separable-basis"}
+# A rank counts filters of one channel, or blocks, and needs no alignment.
+COUNTED = {"separable-basis", "fixed-basis", "block-term"}
+# One factor is given and frozen.
+FROZEN = {"fixed-basis"}
 
+ONE_OF_EACH_KIND = [
+    nn.Conv1d(16, 20, 3, stride=2, padding=1),
+    nn.Conv2d(20, 17, 3, padding="same", dilation=2, padding_mode="reflect"),
+    nn.Conv3d(16, 16, 2, padding_mode="circular", padding=1),
+    nn.Conv2d(16, 20, (3, 2), stride=2, groups=2),
+    nn.ConvTranspose2d(20, 16, (3, 2), stride=(2, 1), output_padding=(1, 0)),
+    nn.ConvTranspose1d(16, 20, 3, padding=1, groups=2, bias=False),
+]
 EXAMPLES = [
+    *ONE_OF_EACH_KIND,
     nn.Linear(40, 24),
     nn.Linear(24, 40, bias=False),
-    nn.Conv1d(16, 24, 3, stride=2, padding=1),
     nn.Conv2d(16, 24, (3, 1), stride=(2, 1), padding=(1, 0), bias=False),
-    nn.Conv2d(20, 17, 3, padding="same", dilation=2, padding_mode="reflect"),
     nn.Conv2d(3, 32, 5),
     nn.Conv2d(32, 24, 1),
-    nn.Conv3d(16, 16, 2, padding_mode="circular", padding=1),
-    nn.Conv2d(32, 20, (3, 2), stride=2, groups=2),
-    nn.ConvTranspose2d(20, 16, (3, 2), stride=(2, 1), output_padding=(1, 0)),
-    nn.ConvTranspose1d(24, 36, 3, padding=1, groups=2, bias=False),
 ]
 
 
@@ -73,8 +91,15 @@ class Reduced:
 CASES = [
     pytest.param(Reduced(method()), layer, id=f"{name}-{layer}")
     for name, method in METHODS.items()
-    for layer in EXAMPLES
+    for layer in (ONE_OF_EACH_KIND if name in APPROXIMATE else EXAMPLES)
     if reduction.why_not(method(), layer) is None
+]
+# What is known of the inputs (whole patches, or channels alone) and of the gradients.
+KNOWN = [("patches", True), ("patches", False), ("channels", False), ("channels", True), ("", True)]
+IN_A_METRIC = [
+    pytest.param(*case.values, *known, id="-".join(map(str, (case.id, *known))))
+    for case in CASES
+    for known in (KNOWN[::2] if case.values[0].name in ALTERNATING else KNOWN)
 ]
 
 
@@ -103,12 +128,26 @@ def factors_of(form: nn.Module) -> list[nn.Module]:
 def with_random_factors(form: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for place, factor in enumerate(factors_of(form)):
-            factor.weight.copy_(tensor_of(factor.weight.shape, seed=seed + 1000 * place))
+            if factor.weight.requires_grad:  # or it is given
+                factor.weight.copy_(tensor_of(factor.weight.shape, seed=seed + 1000 * place))
     return form
 
 
 def full_rank(family) -> tuple[int, ...]:
     return max(family.ranks())
+
+
+def tried_ranks(method: Reduced, family) -> list[tuple[int, ...]]:
+    """All; where each is improved by iteration: the least, one in the middle, and full rank."""
+    ranks = list(family.ranks())
+    if method.name not in ALTERNATING:
+        return ranks
+    return sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
+
+
+def reachable(method: str, tolerance: float) -> float:
+    """The greatest relative error of the weight at full rank."""
+    return 1 if method in INEXACT else tolerance
 
 
 def weight_error(form, layer) -> float:
@@ -118,7 +157,7 @@ def weight_error(form, layer) -> float:
 @several
 @given(methods, st.data(), st.sampled_from(list(TOLERANCE)), seeds)
 def test_at_full_rank_nothing_changes(name, data, dtype, seed) -> None:
-    layer, shape = data.draw(layers(dtype))
+    layer, shape = data.draw(layers(dtype, channels=st.integers(1, 12)))
     method = applicable(name, layer)
     family = method.fit(layer, WEIGHT_METRIC)
     form = family.build(full_rank(family))
@@ -130,18 +169,23 @@ def test_at_full_rank_nothing_changes(name, data, dtype, seed) -> None:
         for parameter in terms.parameters():
             parameter.abs_()
         difference = (form(inputs) - layer(inputs)).norm()
-        assert difference <= TOLERANCE[dtype] * terms(inputs.abs()).norm()
+        assert difference <= reachable(name, TOLERANCE[dtype]) * terms(inputs.abs()).norm()
 
 
 @several
 @given(methods, st.data(), seeds)
 def test_the_form_is_the_dense_layer_that_it_represents(name, data, seed) -> None:
     """For random factors, and in every geometry."""
-    layer, shape = data.draw(layers(torch.float64))
+    layer, shape = data.draw(layers(torch.float64, channels=st.integers(1, 12)))
     method = applicable(name, layer)
-    rank = data.draw(st.sampled_from(list(method.fit(layer, WEIGHT_METRIC).ranks())))
-    assert all(parameter.is_meta for parameter in method.skeleton(layer, rank).parameters())
-    form = with_random_factors(method.fit(layer, WEIGHT_METRIC).build(rank), seed)
+    family = method.fit(layer, WEIGHT_METRIC)
+    rank = data.draw(st.sampled_from(list(family.ranks())))
+    skeleton = method.skeleton(layer, rank)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    fitted = skeleton.to_empty(device="cpu") if name in APPROXIMATE else family.build(rank)
+    form = with_random_factors(fitted, seed)
+    if layer.bias is not None:
+        nn.init.normal_(form[-1].bias)
     dense = form.to_dense()
     assert repr(dense) == repr(layer) and type(dense) is type(layer)
     inputs = tensor_of(shape, seed=seed)
@@ -152,7 +196,7 @@ def test_the_form_is_the_dense_layer_that_it_represents(name, data, seed) -> Non
 @several
 @given(methods, st.data())
 def test_skeleton_and_fitted_layer_agree(name, data) -> None:
-    layer, _ = data.draw(layers())
+    layer, _ = data.draw(layers(channels=st.integers(1, 12)))
     method = applicable(name, layer)
     family = method.fit(layer, WEIGHT_METRIC)
     rank = data.draw(st.sampled_from(list(family.ranks())))
@@ -166,13 +210,13 @@ def test_skeleton_and_fitted_layer_agree(name, data) -> None:
 @several
 @given(methods, st.data())
 def test_the_loss_is_the_error_and_does_not_grow_with_rank(name, data) -> None:
-    layer, _ = data.draw(layers(torch.float64, channels=st.integers(2, 12)))
+    layer, _ = data.draw(layers(torch.float64, channels=st.integers(2, 8)))
     family = applicable(name, layer).fit(layer, WEIGHT_METRIC)
     rank = data.draw(st.sampled_from(list(family.ranks())))
     error = weight_error(family.build(rank), layer) ** 2
     if name in ("svd", "full-rank", "interpolative"):
         assert family.loss(rank) == pytest.approx(error, abs=1e-9)
-    assert error <= family.loss(rank) + 1e-9
+    assert error <= (1.1 if name in APPROXIMATE else 1) * family.loss(rank) + 1e-9
     for entry in range(len(rank)):
         line = sorted(
             r
@@ -181,60 +225,46 @@ def test_the_loss_is_the_error_and_does_not_grow_with_rank(name, data) -> None:
         )
         losses = [family.loss(r) for r in line]
         assert all(more <= less + 1e-12 for less, more in pairwise(losses))
-    assert family.loss(full_rank(family)) == pytest.approx(0, abs=1e-9)
+    assert family.loss(full_rank(family)) == pytest.approx(0, abs=reachable(name, 1e-9))
 
 
 @several
-@given(methods, st.data(), seeds)
+@given(st.sampled_from(sorted(KERNEL_METHODS.keys() - APPROXIMATE)), st.data(), seeds)
 def test_a_layer_of_exactly_this_rank_is_recovered(name, data, seed) -> None:
-    layer, _ = data.draw(layers(torch.float64, channels=st.integers(2, 12)))
+    layer, _ = data.draw(layers(torch.float64, channels=st.integers(2, 8)))
     method = applicable(name, layer)
     rank = data.draw(st.sampled_from(list(method.fit(layer, WEIGHT_METRIC).ranks())))
     form = with_random_factors(method.fit(layer, WEIGHT_METRIC).build(rank), seed)
     exact = form.to_dense()
     family = method.fit(exact, WEIGHT_METRIC)
+    if name in APPROACHED and rank != full_rank(family):
+        assert weight_error(family.build(rank), exact) ** 2 <= family.loss(rank) + 1e-9 < 0.9
+        return
     assert family.loss(rank) < 1e-9
     assert weight_error(family.build(rank), exact) < 1e-6
-
-
-def closed_form_cost(method: str, layer: nn.Module, rank, positions_in, positions_out):
-    """Parameters and MACs by hand: Kim et al. 2016, equations 4 to 7, and the two-factor form.
-
-    Without the bias; of each group of a convolution, and of the one that a transposed is the
-    adjoint of.
-    """
-    outputs, inputs = layer.weight.shape[0] // groups_of(layer), layer.weight.shape[1]
-    kernel = layer.weight[0, 0].numel()
-    if method == "interpolative":
-        parameters = outputs * rank[0] * kernel
-        return parameters, parameters * positions_out
-    if method in ("svd", "full-rank"):
-        (r,) = rank
-        parameters = r * (inputs * kernel + outputs)
-        return parameters, parameters * positions_out
-    r_out, r_in = rank
-    parameters = inputs * r_in + r_in * r_out * kernel + r_out * outputs
-    macs = inputs * r_in * positions_in + (r_in * r_out * kernel + r_out * outputs) * positions_out
-    return parameters, macs
 
 
 @several
 @given(methods, st.data())
 def test_costs_are_those_of_the_closed_formulas(name, data) -> None:
-    layer, shape = data.draw(layers())
+    layer, shape = data.draw(layers(channels=st.integers(1, 12)))
     method = applicable(name, layer)
     rank = data.draw(st.sampled_from(list(method.fit(layer, WEIGHT_METRIC).ranks())))
     skeleton = method.skeleton(layer, rank)
-    responses = layer(torch.zeros(shape))
-    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    positions = torch.Size(shape).numel() // in_channels(layer), responses.numel() // channels
-    inputs, outputs = positions[::-1] if is_transposed(layer) else positions
-    parameters, macs = closed_form_cost(name, layer, rank, inputs, outputs)
-    groups, bias = groups_of(layer), 0 if layer.bias is None else channels
-    assert count_parameters(skeleton) == groups * parameters + bias
-    assert count_layer_macs(skeleton, [shape]) == groups * macs
+    made = layer(torch.zeros(shape)).shape
+    counted = count_parameters(skeleton), count_layer_macs(skeleton, [shape])
+    assert counted == cost_by_hand(name, layer, rank, torch.Size(shape), made)
     dense = copy.deepcopy(layer).to("meta")
-    assert count_layer_macs(dense, [shape]) == layer.weight.numel() * outputs
+    if is_transposed(layer):
+        positions = torch.Size(shape).numel() // in_channels(layer)
+    else:
+        positions = made.numel() // layer.weight.shape[0]
+    assert count_layer_macs(dense, [shape]) == layer.weight.numel() * positions
+
+
+def is_frozen(method: Reduced, layer: nn.Module, form: nn.Module, factor: nn.Module) -> bool:
+    """Whether the factor is the given one: the first, of an adjoint the last."""
+    return method.name in FROZEN and factor is factors_of(form)[-1 if is_transposed(layer) else 0]
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
@@ -244,7 +274,10 @@ def test_every_factor_gets_a_gradient_and_the_bias_is_kept(method, layer) -> Non
     shape = (2, in_channels(layer), *(6 for _ in layer.weight.shape[2:]))
     form(torch.randn(shape)).square().sum().backward()
     for factor in factors_of(form):
-        assert torch.isfinite(factor.weight.grad).all() and factor.weight.grad.abs().sum() > 0
+        if not is_frozen(method, layer, form, factor):
+            assert torch.isfinite(factor.weight.grad).all() and factor.weight.grad.abs().sum() > 0
+        else:
+            assert not factor.weight.requires_grad and factor.weight.grad is None
         assert (factor.bias is not None) == (factor is form[-1] and layer.bias is not None)
     if layer.bias is not None:
         assert torch.equal(form[-1].bias, layer.bias) and form[-1].bias is not layer.bias
@@ -261,7 +294,7 @@ def test_dtype_mode_and_gradients_are_those_of_the_layer(method, layer, dtype) -
     assert not any(module.training for module in form.modules())
     assert not any(factor.weight.requires_grad for factor in factors_of(form))
     rounding = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float64: 1e-12}
-    assert weight_error(form, layer) < rounding[dtype]
+    assert weight_error(form, layer) < reachable(method.name, rounding[dtype])
 
 
 GEOMETRIES = [
@@ -275,7 +308,7 @@ GEOMETRIES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("name", KERNEL_METHODS)
 def test_every_geometry_in_every_precision(name, geometry, dtype) -> None:
@@ -285,7 +318,7 @@ def test_every_geometry_in_every_precision(name, geometry, dtype) -> None:
     inputs = torch.randn(2, 16, 7, 6, dtype=dtype)
     rounding = {torch.float16: 5e-3, torch.bfloat16: 4e-2, **TOLERANCE}
     with torch.no_grad():
-        assert relative(form(inputs), layer(inputs)) < rounding[dtype]
+        assert relative(form(inputs), layer(inputs)) < reachable(name, rounding[dtype])
     assert repr(form.to_dense()) == repr(layer)
 
 
@@ -298,8 +331,9 @@ def test_a_bias_may_be_frozen_alone_and_no_memory_is_shared(method, layer) -> No
     form = family.build(full_rank(family))
     before = copy.deepcopy(form.state_dict())
     assert all(module.training for module in form.modules())
-    for name, parameter in form.named_parameters():
-        assert parameter.requires_grad == name.endswith("weight")
+    for factor in factors_of(form):
+        assert factor.weight.requires_grad != is_frozen(method, layer, form, factor)
+        assert factor.bias is None or not factor.bias.requires_grad
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()
@@ -334,20 +368,38 @@ def test_impossible_ranks_have_no_loss(name) -> None:
 def test_candidates_are_aligned(method, layer) -> None:
     ranks = method.fit(layer, WEIGHT_METRIC).ranks()
     assert len(set(ranks)) == len(ranks)
+    if method.name in COUNTED:
+        assert list(ranks[:-1]) == [(rank,) for rank in range(1, len(ranks))]
+        return
     for entry in zip(*ranks, strict=True):
-        together = method.method.alignment // groups_of(layer)
+        together = max(1, method.method.alignment // groups_of(layer))
         assert all(r % together == 0 or r == max(entry) for r in entry)
+
+
+def unfoldings(method: str, weight: torch.Tensor) -> list[torch.Tensor]:
+    """What each entry of a rank truncates, of a weight (out, in, *kernel)."""
+    by_mode = [weight.movedim(mode, 0).flatten(1) for mode in (0, 1)]
+    if method.startswith("separable"):
+        split = weight.permute(1, 2, 0, *range(3, weight.dim())).flatten(0, 1).flatten(1)
+        return [split, by_mode[0]]
+    if method == "tensor-train":
+        lengths = [length for length in weight.shape[2:] if length > 1]
+        train = weight.movedim(0, -1).reshape(weight.shape[1], *lengths, -1)
+        return [train.flatten(0, bond).flatten(1) for bond in range(train.dim() - 1)]
+    return by_mode
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_spectra_are_the_singular_values_of_the_unfoldings(method, layer) -> None:
     spectra = method.fit(layer, WEIGHT_METRIC).spectra
-    by_group = layer.weight.detach().double().unflatten(0, (groups_of(layer), -1))
-    for mode, spectrum in enumerate(spectra):
-        unfoldings = by_group.movedim(mode + 1, 1).flatten(2)
-        assert spectrum.shape == tuple(unfoldings.shape[1:])
-        values = torch.linalg.svdvals(unfoldings).square().mean(0).sqrt()
-        torch.testing.assert_close(spectrum.singular_values, values, rtol=1e-4, atol=1e-5)
+    by_group = layer.weight.detach().double().chunk(groups_of(layer))
+    expected = zip(*(unfoldings(method.name, weight) for weight in by_group), strict=True)
+    for spectrum, of_groups in zip(spectra, expected, strict=False):
+        assert spectrum.shape == tuple(of_groups[0].shape)
+        squares = torch.stack([torch.linalg.svdvals(one).square() for one in of_groups])
+        torch.testing.assert_close(
+            spectrum.singular_values, squares.mean(0).sqrt(), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
@@ -376,10 +428,6 @@ def test_settings_survive_json(name) -> None:
 def test_senseless_alignments_are_refused(name, alignment) -> None:
     with pytest.raises(ValueError, match="integer of at least 1"):
         METHODS[name](alignment=alignment)
-
-
-# What is known of the inputs (whole patches, or channels alone) and of the gradients.
-KNOWN = [("patches", True), ("patches", False), ("channels", True), ("channels", False), ("", True)]
 
 
 def in_a_metric(layer: nn.Module, inputs: str, gradients: bool, rank: int | None = None):
@@ -437,13 +485,15 @@ def whitened(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
     return flat
 
 
-@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize(("method", "layer"), CASES)
+@pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_in_a_metric_full_rank_is_still_the_dense_layer(method, layer, inputs, gradients) -> None:
     layer, moments = in_a_metric(layer, inputs, gradients)
     family = method.fit(layer, moments)
-    assert weight_error(family.build(full_rank(family)), layer) < 1e-6
-    assert family.loss(full_rank(family)) == pytest.approx(0, abs=1e-9)
+    best = full_rank(family)
+    assert metric_error(moments, family.build(best), layer) < reachable(method.name, 1e-9)
+    if method.name not in INEXACT:
+        assert weight_error(family.build(best), layer) < 1e-6
+        assert family.loss(best) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
@@ -477,25 +527,27 @@ def test_a_scale_is_the_unit_of_the_loss(method, layer) -> None:
         assert family.loss(rank) == pytest.approx(expected, rel=1e-9, abs=1e-9 * whole)
 
 
-@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize(("method", "layer"), CASES)
+@pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_a_metric_is_served_better_by_what_is_fitted_in_it(
     method, layer, inputs, gradients
 ) -> None:
-    """Than by what is fitted to the weight alone; HOOI finds no more than a local optimum."""
+    """Than by what is fitted to the weight alone; alternation finds a local optimum."""
     layer, moments = in_a_metric(layer, inputs, gradients)
     family, plain = method.fit(layer, moments), method.fit(layer, WEIGHT_METRIC)
-    slack = 1.02 if method.name == "tucker2" else 1 + 1e-6
+    slack = 1.02 if method.name in ALTERNATING else 1 + 1e-6
     errors, others = [], []
-    for rank in family.ranks():
+    for rank in tried_ranks(method, family):
         errors.append(metric_error(moments, family.build(rank), layer))
         others.append(metric_error(moments, plain.build(rank), layer))
         assert errors[-1] <= slack * others[-1] + 1e-9
-    assert sum(errors) < sum(others) or method.name in LOSSLESS
+    if method.name in FROZEN and (inputs != "patches" or is_transposed(layer)):
+        # The mixture of orthonormal filters is best for each place by itself.
+        assert sum(errors) == pytest.approx(sum(others), rel=1e-9)
+    else:
+        assert sum(errors) < sum(others) or method.name in LOSSLESS
 
 
-@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize(("method", "layer"), CASES)
+@pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_in_a_metric_the_loss_does_not_grow_with_rank(method, layer, inputs, gradients) -> None:
     family = method.fit(*in_a_metric(layer, inputs, gradients))
     losses = {rank: family.loss(rank) for rank in family.ranks()}
@@ -503,7 +555,7 @@ def test_in_a_metric_the_loss_does_not_grow_with_rank(method, layer, inputs, gra
         if all(a <= b for a, b in zip(less, more, strict=True)):
             assert losses[more] <= losses[less] + 1e-12
     assert losses[min(losses)] > 1e-3 or method.name in LOSSLESS
-    assert losses[max(losses)] < 1e-3
+    assert losses[max(losses)] < reachable(method.name, 1e-3)
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -550,8 +602,7 @@ def test_the_core_of_tucker2_is_best_in_the_metric_of_patches(layer, gradients) 
         assert ahead - least == pytest.approx(behind - least, rel=1e-4)
 
 
-@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize(("method", "layer"), CASES)
+@pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_singular_moments_give_finite_factors(method, layer, inputs, gradients) -> None:
     """All inputs along one direction; two outputs, and all gradients but along one direction, 0."""
     layer, moments = in_a_metric(layer, inputs, gradients, rank=1)
@@ -559,16 +610,15 @@ def test_singular_moments_give_finite_factors(method, layer, inputs, gradients) 
         for direction in (moments.gradients, moments.gradients.mT):
             direction[..., [0, 2], :] = 0
     family = method.fit(layer, moments)
-    for rank in family.ranks():
+    for rank in tried_ranks(method, family):
         form = family.build(rank)
         assert all(torch.isfinite(parameter).all() for parameter in form.parameters())
-        most = 1e-6 if rank == full_rank(family) else 1 + 1e-6
+        most = reachable(method.name, 1e-6) if rank == full_rank(family) else 1 + 1e-6
         assert abs(metric_error(moments, form, layer)) < most
         assert 0 <= family.loss(rank) <= most
 
 
-@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize(("method", "layer"), CASES)
+@pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_at_full_rank_singular_moments_change_nothing(
     request, method, layer, inputs, gradients
 ) -> None:
@@ -576,8 +626,8 @@ def test_at_full_rank_singular_moments_change_nothing(
     layer, moments = in_a_metric(layer, inputs, gradients, rank=2)
     family = method.fit(layer, moments)
     form = family.build(full_rank(family))
-    if method.name in LOSSLESS:
-        assert metric_error(moments, form, layer) < 1e-6
+    if method.name in LOSSLESS | INEXACT:
+        assert metric_error(moments, form, layer) < reachable(method.name, 1e-6)
         return
     # Moments are singular but for a floor of 1e-10: half of float64's digits are lost.
     assert weight_error(form, layer) < 2e-4
@@ -587,16 +637,16 @@ def test_at_full_rank_singular_moments_change_nothing(
 def test_moments_of_nothing_give_finite_factors(method, layer) -> None:
     layer, moments = in_a_metric(layer, "patches", True)
     nothing = Moments(torch.zeros_like(moments.inputs), torch.zeros_like(moments.gradients))
-    for known in (nothing, Moments(nothing.inputs), Moments(gradients=nothing.gradients)):
+    of_one_side = [Moments(nothing.inputs), Moments(gradients=nothing.gradients)]
+    for known in (nothing, *(of_one_side if method.name not in APPROXIMATE else ())):
         family = method.fit(layer, known)
-        for rank in family.ranks():
+        for rank in tried_ranks(method, family)[:2]:
             form = family.build(rank)
             assert all(torch.isfinite(parameter).all() for parameter in form.parameters())
             assert family.loss(rank) == 0
 
 
-@pytest.mark.parametrize(("inputs", "gradients"), KNOWN)
-@pytest.mark.parametrize(("method", "layer"), CASES)
+@pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_weights_that_cannot_be_are_refused_in_a_metric_too(
     method, layer, inputs, gradients
 ) -> None:
@@ -616,10 +666,17 @@ def test_a_metric_serves_every_precision(method, layer, dtype) -> None:
     rounding = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4}
     form = family.build(full_rank(family))
     assert {parameter.dtype for parameter in form.parameters()} == {dtype}
-    assert weight_error(form, layer) < rounding[dtype]
-    exact = method.fit(double, moments)
+    if method.name in INEXACT:
+        assert metric_error(moments, form, layer) < 1
+    else:
+        assert weight_error(form, layer) < rounding[dtype]
+    in_double = method.fit(double, moments)
+    # A search may take another turn after rounding.
+    least = 1e-2 if method.name in APPROACHED | APPROXIMATE else 1e-3
     for rank in family.ranks():
-        assert family.loss(rank) == pytest.approx(exact.loss(rank), rel=rounding[dtype], abs=1e-3)
+        assert family.loss(rank) == pytest.approx(
+            in_double.loss(rank), rel=rounding[dtype], abs=least
+        )
 
 
 @pytest.mark.parametrize("name", KERNEL_METHODS)

@@ -30,12 +30,13 @@ from rankfold.cost import count_layer_macs, count_parameters
 from rankfold.errors import BudgetError, CalibrationError, ModelError, UnsupportedLayerError
 from rankfold.layers import Dense, Recurrent, Transposed
 from rankfold.methods import (
-    METHODS,
     WEIGHT_METRIC,
     Family,
     Method,
+    Methods,
     Moments,
     Rank,
+    make_methods,
     other_kind,
     reduction,
 )
@@ -56,7 +57,7 @@ def analyze(
     *,
     forward: Forward = run,
     layers: str | Sequence[str] = "*",
-    methods: Sequence[Method] | None = None,
+    methods: Methods | None = None,
     metric: str = "auto",
     outputs: Outputs | None = None,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
@@ -77,7 +78,8 @@ def analyze(
     the next `batches` give the moments of the inputs and of the gradients. Of data with fewer, a
     fifth is held out; a single batch serves for both. `layers` are names or shell-style patterns of
     the layers to consider; a name without a wildcard must be one that can be factorized. `methods`
-    defaults to all of `METHODS`; the model is left as it was.
+    are names of `METHODS`, or methods themselves, in the order in which a rule prefers them; "all"
+    for all of them, which takes longer; by default `DEFAULT_METHODS`. The model is left as it was.
 
     `metric` says what an error of a weight costs (`rankfold.analysis.metrics` has the names). For
     "auto" the network is factorized at two budgets in each that competes, and the one whose outputs
@@ -98,7 +100,7 @@ def analyze(
     check_runtime(runtime)
     if batches < 1 or held_out < 1:
         raise CalibrationError("batches and held_out must be at least 1")
-    chosen = [method() for method in METHODS.values()] if methods is None else list(methods)
+    chosen = make_methods(methods)
     patterns = [layers] if isinstance(layers, str) else list(layers)
     surveyed = survey(model, data, forward, batches if metric == "weight" else 1, progress)
     _check_names(patterns, [layer.name for layer in surveyed.layers])

@@ -6,7 +6,11 @@ layer back; a recurrent layer is a smaller one and a readout, and no other layer
 the factors are found is the business of `rankfold.methods`.
 """
 
-from rankfold.layers.chain import CONVOLUTIONS, Convolution
+from rankfold.layers.block_term import BlockTermConvolution, block_term_limit, block_widths
+from rankfold.layers.chain import CONVOLUTIONS, Convolution, axis_groups
+from rankfold.layers.cp import CPConvolution, cp_limit, cp_modes
+from rankfold.layers.fixed_basis import FixedBasisConvolution
+from rankfold.layers.flattened import FlattenedConvolution
 from rankfold.layers.form import Dense, Form, assign_factors, check_ranks
 from rankfold.layers.grouped import GroupedConvolution
 from rankfold.layers.recurrent import (
@@ -17,6 +21,14 @@ from rankfold.layers.recurrent import (
     directions_of,
 )
 from rankfold.layers.selected import ChannelSelection, SelectedChannels
+from rankfold.layers.separable import (
+    SeparableBottleneck,
+    SeparableConvolution,
+    separable_limit,
+    split_kernel,
+)
+from rankfold.layers.separable_basis import SeparableBasisConvolution
+from rankfold.layers.tensor_train import TensorTrainConvolution, train_limits, train_modes
 from rankfold.layers.transposed import (
     TRANSPOSED,
     Transposed,
@@ -24,28 +36,48 @@ from rankfold.layers.transposed import (
     adjoint_weights,
 )
 from rankfold.layers.tucker import TuckerConvolution
+from rankfold.layers.tucker_cp import TuckerCPConvolution, tucker_cp_limits
 from rankfold.layers.two_factor import TwoFactorConvolution, TwoFactorLinear
 
 __all__ = [
     "CONVOLUTIONS",
     "RECURRENT",
     "TRANSPOSED",
+    "BlockTermConvolution",
+    "CPConvolution",
     "ChannelSelection",
     "Convolution",
     "Dense",
     "FewerUnits",
+    "FixedBasisConvolution",
+    "FlattenedConvolution",
     "Form",
     "GroupedConvolution",
     "Recurrent",
     "SelectedChannels",
+    "SeparableBasisConvolution",
+    "SeparableBottleneck",
+    "SeparableConvolution",
+    "TensorTrainConvolution",
     "Transposed",
     "TransposedConvolution",
+    "TuckerCPConvolution",
     "TuckerConvolution",
     "TwoFactorConvolution",
     "TwoFactorLinear",
     "adjoint_weights",
     "assign_factors",
+    "axis_groups",
     "block_names",
+    "block_term_limit",
+    "block_widths",
     "check_ranks",
+    "cp_limit",
+    "cp_modes",
     "directions_of",
+    "separable_limit",
+    "split_kernel",
+    "train_limits",
+    "train_modes",
+    "tucker_cp_limits",
 ]

@@ -60,21 +60,37 @@ def all_axes(layer: Convolution) -> tuple[int, ...]:
     return tuple(range(len(layer.kernel_size)))
 
 
+def axis_groups(layer: Convolution) -> list[tuple[int, ...]]:
+    """The axes of the kernel, neighbours together, so that one of each group is longer than 1.
+
+    What is 1 long goes with the axes before it, at the start with the one after; of a pointwise
+    kernel all axes are one group.
+    """
+    groups: list[tuple[int, ...]] = [()]
+    for axis, length in enumerate(layer.kernel_size):
+        if length > 1 and any(layer.kernel_size[before] > 1 for before in groups[-1]):
+            groups.append(())
+        groups[-1] += (axis,)
+    return groups
+
+
 def kernel_of(links: Sequence[tuple[torch.Tensor, int]], copies: int = 1) -> torch.Tensor:
     """The weight (out, in / copies, *kernel) of `copies` chains of links, side by side as one.
 
     Of each link, the first one first, its weight (out, in / groups, *kernel) and its groups.
     """
-    found: torch.Tensor | None = None
-    for weight, groups in links:
-        within = groups // copies
-        blocks = weight.reshape(copies, within, -1, *weight.shape[1:])
-        apart = torch.eye(within, dtype=weight.dtype, device=weight.device)
-        one = torch.einsum("gaom...,ab->gaobm...", blocks, apart).flatten(3, 4).flatten(1, 2)
-        # Along an axis of the kernel, all links but its owner are 1 wide: a plain product.
-        found = one if found is None else torch.einsum("gom...,gmi...->goi...", one, found)
-    assert found is not None
-    return found.flatten(0, 1)
+    (first, groups), *others = links
+    blocks = first.unflatten(0, (copies, groups // copies, -1))
+    apart = torch.eye(groups // copies, dtype=first.dtype, device=first.device)
+    found = torch.einsum("gaom...,ab->gaobm...", blocks, apart).flatten(3, 4).flatten(0, 2)
+    for weight, groups in others:
+        blocks, before = (one.unflatten(0, (groups, -1)) for one in (weight, found))
+        # Along an axis of the kernel, all links but its owner are 1 wide: there they broadcast.
+        if blocks.shape[2] == 1:
+            found = (blocks * before).flatten(0, 1)
+        else:
+            found = torch.einsum("gom...,gmi...->goi...", blocks, before).flatten(0, 1)
+    return found
 
 
 def combined_geometry(links: Sequence[Any]) -> dict[str, Any]:

@@ -31,14 +31,16 @@ def check_ranks(ranks: Sequence[int], limits: Sequence[int], layer: nn.Module) -
 def assign_factors(form: nn.Sequential, weights: Sequence[torch.Tensor], layer: nn.Module) -> None:
     """Make `weights`, first factor first, and the bias of `layer` the parameters of `form`.
 
-    Device, dtype, `requires_grad` and training mode become those of `layer`; a 1x1 kernel may be
-    given as a matrix. The parameters are copies: `layer` and `form` share no memory.
+    Device, dtype, `requires_grad` and training mode become those of `layer`; a factor that the form
+    has frozen stays so. A 1x1 kernel may be given as a matrix. The parameters are copies: `layer`
+    and `form` share no memory.
     """
     dense = cast(Any, layer)
     for factor, weight in zip(cast("Sequence[Any]", form), weights, strict=True):
         weight = weight.detach().to(dense.weight.device, dense.weight.dtype, copy=True)
         factor.weight = nn.Parameter(
-            weight.reshape(factor.weight.shape).contiguous(), dense.weight.requires_grad
+            weight.reshape(factor.weight.shape).contiguous(),
+            dense.weight.requires_grad and factor.weight.requires_grad,
         )
     if dense.bias is not None:
         cast("Any", form[-1]).bias = nn.Parameter(

@@ -4,10 +4,11 @@ from typing import cast
 
 from torch import nn
 
-from rankfold.layers.chain import Convolution, dense_convolution, kernel_of
+from rankfold.layers.chain import Convolution
+from rankfold.layers.linked import LinkedConvolution
 
 
-class GroupedConvolution(nn.Sequential):
+class GroupedConvolution(LinkedConvolution):
     """Equal chains of links, one for the channels of each group, side by side as one chain.
 
     The k-th links of all chains are one link, their weights one below the other: it has `groups`
@@ -19,24 +20,18 @@ class GroupedConvolution(nn.Sequential):
         super().__init__()
         self.groups = groups
         for place, one in enumerate(cast("list[Convolution]", list(chain))):
-            self.append(
-                type(one)(
-                    groups * one.in_channels,
-                    groups * one.out_channels,
-                    one.kernel_size,  # type: ignore[arg-type]
-                    one.stride,  # type: ignore[arg-type]
-                    one.padding,  # type: ignore[arg-type]
-                    one.dilation,  # type: ignore[arg-type]
-                    groups * one.groups,
-                    bias and place == len(chain) - 1,
-                    one.padding_mode,
-                    "meta",
-                    one.weight.dtype,
-                )
+            grouped = type(one)(
+                groups * one.in_channels,
+                groups * one.out_channels,
+                one.kernel_size,  # type: ignore[arg-type]
+                one.stride,  # type: ignore[arg-type]
+                one.padding,  # type: ignore[arg-type]
+                one.dilation,  # type: ignore[arg-type]
+                groups * one.groups,
+                bias and place == len(chain) - 1,
+                one.padding_mode,
+                "meta",
+                one.weight.dtype,
             )
-
-    def to_dense(self) -> Convolution:
-        """The grouped `nn.Conv1d`, `2d` or `3d` that this represents."""
-        links = cast("list[Convolution]", list(self))
-        weight = kernel_of([(one.weight, one.groups) for one in links], self.groups)
-        return dense_convolution(self, weight, self.groups)
+            grouped.weight.requires_grad_(one.weight.requires_grad)
+            self.append(grouped)

@@ -47,17 +47,17 @@ class TransposedConvolution(nn.Sequential):
                     left[axis] if axis in owned else 0 for axis in range(len(left))
                 )
                 left = [0 if axis in owned else value for axis, value in enumerate(left)]
-            self.append(
-                cast(Any, make)(
-                    one.out_channels,
-                    one.in_channels,
-                    **({"kernel_size": 1} | geometry),
-                    groups=one.groups,
-                    bias=bias,
-                    device="meta",
-                    dtype=one.weight.dtype,
-                )
+            link = cast(Any, make)(
+                one.out_channels,
+                one.in_channels,
+                **({"kernel_size": 1} | geometry),
+                groups=one.groups,
+                bias=bias,
+                device="meta",
+                dtype=one.weight.dtype,
             )
+            link.weight.requires_grad_(one.weight.requires_grad)
+            self.append(link)
 
     def to_dense(self) -> Transposed:
         """The `nn.ConvTranspose1d`, `2d` or `3d` that this represents."""

@@ -1,16 +1,15 @@
 """A convolution as a small one between two maps of the channels."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
-from torch import nn
 
-from rankfold.layers.chain import Convolution, all_axes, dense_convolution, link
+from rankfold.layers.chain import Convolution, all_axes, link
 from rankfold.layers.form import check_ranks
+from rankfold.layers.linked import LinkedConvolution
 
 
-class TuckerConvolution(nn.Sequential):
+class TuckerConvolution(LinkedConvolution):
     """`Conv 1x1 in→r_in`, `Conv k r_in→r_out (stride, padding, dilation)`, `Conv 1x1 r_out→out`.
 
     The Tucker-2 form of Kim et al. 2016. Ranks are given as (r_out, r_in), in the order of the
@@ -35,9 +34,3 @@ class TuckerConvolution(nn.Sequential):
             link(layer, rank_in, rank_out, all_axes(layer), device=device),
             link(layer, rank_out, layer.out_channels, bias=bias, device=device),
         )
-
-    def to_dense(self) -> Convolution:
-        """The `nn.Conv1d`, `2d` or `3d` that this represents."""
-        first, core, last = (cast(Convolution, factor).weight for factor in self)
-        weight = torch.einsum("oq,qp...,pi->oi...", last.flatten(1), core, first.flatten(1))
-        return dense_convolution(self, weight)

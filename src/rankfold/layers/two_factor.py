@@ -5,8 +5,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from rankfold.layers.chain import Convolution, all_axes, dense_convolution, link
+from rankfold.layers.chain import Convolution, all_axes, link
 from rankfold.layers.form import check_ranks, fill_dense
+from rankfold.layers.linked import LinkedConvolution
 
 
 class TwoFactorLinear(nn.Sequential):
@@ -36,7 +37,7 @@ class TwoFactorLinear(nn.Sequential):
         return dense
 
 
-class TwoFactorConvolution(nn.Sequential):
+class TwoFactorConvolution(LinkedConvolution):
     """`Conv k in→rank (stride, padding, dilation)` then `Conv 1x1 rank→out`.
 
     Kim et al. 2016 (Tucker-1) for first layers; Zhang et al. 2016 for any.
@@ -56,8 +57,3 @@ class TwoFactorConvolution(nn.Sequential):
             link(layer, layer.in_channels, rank, all_axes(layer), device=device),
             link(layer, rank, layer.out_channels, bias=bias, device=device),
         )
-
-    def to_dense(self) -> Convolution:
-        """The `nn.Conv1d`, `2d` or `3d` that this represents."""
-        spatial, last = (cast(Convolution, factor).weight for factor in self)
-        return dense_convolution(self, torch.tensordot(last.flatten(1), spatial, dims=1))

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from rankfold.decompose.decomposition import working_precision
-from rankfold.layers import CONVOLUTIONS, Dense, SelectedChannels, assign_factors, check_ranks
-from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment
+from rankfold.layers import Dense, SelectedChannels, assign_factors, check_ranks
+from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, why_not_dense
 from rankfold.methods.moments import Moments
 
-# Of the mean eigenvalue of the inputs' moment, added to all: what no input shows explains nothing.
-_RIDGE = 1e-10
+# Of the sum of the eigenvalues of the inputs' moment, added to all: what no input shows, but for the
+# rounding of the float32 products that a moment is the sum of, explains nothing.
+_RIDGE = 1e-8
 # Rows of a Cholesky factor that are gathered before their product is taken off a moment at once.
 _PENDING = 64
 
@@ -42,16 +43,10 @@ class Interpolative:
         check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
-        if not isinstance(layer, Dense) or type(layer) not in (nn.Linear, *CONVOLUTIONS):
-            return f"no factorization for {type(layer).__name__} layers"
-        if layer.weight.numel() == 0:
-            return "its weight is empty"
-        groups = getattr(layer, "groups", 1)
-        if groups != 1:
-            return f"grouped convolution, groups={groups}"
-        if layer.weight.shape[1] <= self.alignment:
-            return f"only {layer.weight.shape[1]} input channels to choose from"
-        return None
+        if (reason := why_not_dense(layer)) is not None:
+            return reason
+        inputs = layer.get_parameter("weight").shape[1]
+        return None if inputs > self.alignment else f"only {inputs} input channels to choose from"
 
     def fit(self, layer: Dense, moments: Moments) -> "InterpolativeFamily":
         order, left = _greedy_order(working_precision(layer.weight.detach()), moments)
@@ -195,4 +190,4 @@ def _regressed(weight: torch.Tensor, channels: torch.Tensor, moments: Moments) -
 
 def _ridge(moment: torch.Tensor) -> float:
     """Something to add to the diagonal; 1 for a moment of nothing."""
-    return (_RIDGE * moment.diagonal().mean().item()) or 1.0
+    return (_RIDGE * moment.diagonal().sum().item()) or 1.0

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from rankfold.layers import CONVOLUTIONS
 from rankfold.methods.moments import Moments
 
 Rank = tuple[int, ...]
@@ -63,6 +64,41 @@ class Method(Protocol):
 def other_kind(layer: nn.Module) -> str:
     """Why a method for layers of another kind cannot take this one."""
     return f"no factorization for {type(layer).__name__} layers"
+
+
+def why_not_dense(
+    layer: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
+) -> str | None:
+    """Why the layer is none of these kinds with a weight and without groups, or None.
+
+    Grouped convolutions come to a method as plain ones (see `rankfold.methods.reduction`).
+    """
+    if type(layer) not in kinds:
+        return other_kind(layer)
+    if layer.get_parameter("weight").numel() == 0:
+        return "its weight is empty"
+    groups = getattr(layer, "groups", 1)
+    return None if groups == 1 else f"grouped convolution, groups={groups}"
+
+
+def why_not_spatial(layer: nn.Module, axes: int = 1, channels: int = 1) -> str | None:
+    """Why the layer is no convolution for a method that takes the kernel's axes for modes, or None.
+
+    The kernel must be longer than 1 along so many `axes`, with so many `channels` on both sides.
+    """
+    if (reason := why_not_dense(layer, CONVOLUTIONS)) is not None:
+        return reason
+    outputs, inputs, *lengths = layer.get_parameter("weight").shape
+    longer = sum(length > 1 for length in lengths)
+    size = "x".join(map(str, lengths))
+    if longer == 0:
+        return f"a kernel of {size} has no spatial modes: svd serves it"
+    if longer < axes:
+        return f"a kernel of {size} is longer than 1 along one axis alone: tucker2 serves it"
+    fewest = min(outputs, inputs)
+    if fewest < channels:
+        return f"only {fewest} channel{'s' * (fewest > 1)} on a side: svd serves it"
+    return None
 
 
 def aligned_ranks(limit: int, alignment: int) -> range | list[int]:

@@ -1,7 +1,8 @@
 """A family whose members are not slices of one decomposition: each rank is fitted by itself.
 
 Fitting every candidate would take too long, so a few are, their losses are measured, and between
-them the loss is interpolated; the one that the plan chooses is fitted when it is built.
+them the loss is interpolated; the one that the plan chooses is fitted when it is built. Each rank
+saves less than the one before, so that the chord between two losses lies above those in between.
 """
 
 import copy
@@ -20,8 +21,10 @@ from rankfold.methods.method import Rank, Spectrum
 from rankfold.methods.moments import Moments
 
 # Values tried of each entry of a rank, by the number of entries; 2 for more.
-_TRIED = {1: 5, 2: 3}
-_LEAST = 1e-12  # losses below this share of the greatest count as this: logarithms are taken
+_TRIED = {1: 8, 2: 4}
+# Significant digits of a measured error: iterations amplify the rounding of a product, which is not
+# the same each time, and a plan should be.
+_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class SampledFamily:
     candidates: Sequence[Rank]  # a full grid, up to `limits`
     limits: Rank
     make: Callable[[Rank], nn.Sequential]  # a fitted form with `to_dense()`
+    draft: Callable[[Rank], nn.Sequential] | None = None
+    """A faster fit, no better than that of `make`, whose losses are measured in its place."""
     _made: dict[Rank, nn.Sequential] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -49,19 +54,18 @@ class SampledFamily:
         return copy.deepcopy(self._made[rank])
 
     def loss(self, rank: Rank) -> float:
-        """Measured at a few ranks, interpolated between them (logarithms, never growing)."""
+        """Measured at a few ranks, interpolated between them; never growing."""
         check_ranks(rank, self.limits, self.layer)
-        axes, table = self._measured
-        kept = [axis for axis, values in enumerate(axes) if len(values) > 1]
-        if not kept:
-            return float(np.exp(table.item()))
-        point = [np.clip(np.log(rank[axis]), axes[axis][0], axes[axis][-1]) for axis in kept]
-        grid = [axes[axis] for axis in kept]
-        return float(np.exp(RegularGridInterpolator(grid, table.squeeze())(point).item()))
+        interpolate = self._losses
+        point = [
+            np.clip(entry, axis[0], axis[-1])
+            for entry, axis in zip(rank, interpolate.grid, strict=True)
+        ]
+        return interpolate(point).item()
 
     @cached_property
-    def _measured(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """Logarithms of the ranks tried along each entry, and of the losses there."""
+    def _losses(self) -> RegularGridInterpolator:
+        """Through the losses at the ranks tried."""
         axes = []
         for entry in zip(*self.candidates, strict=True):
             values = sorted(set(entry))
@@ -72,12 +76,13 @@ class SampledFamily:
             table[place] = self._measure(tuple(a[i] for a, i in zip(axes, place, strict=True)))
         for axis in range(table.ndim):
             table = np.minimum.accumulate(table, axis)
-        floor = max(_LEAST * table.max(), np.finfo(float).tiny)
-        return [np.log(values) for values in axes], np.log(np.maximum(table, floor))
+        return RegularGridInterpolator([np.array(values, float) for values in axes], table)
 
     def _measure(self, rank: Rank) -> float:
         weight = self.layer.weight.detach()
-        form: Any = self.build(rank)
+        form: Any = self.build(rank) if self.draft is None else self.draft(rank)
         with torch.no_grad():
             difference = form.to_dense().weight.double() - weight.double()
-        return self.moments.loss_of(self.moments.squared_error(difference), weight).item()
+        whole = self.moments.squared_error(weight)
+        share = self.moments.squared_error(difference) / whole if whole > 0 else 0.0
+        return self.moments.loss_of(float(f"{share:.{_DIGITS}g}") * whole, weight).item()

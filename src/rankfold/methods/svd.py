@@ -17,14 +17,13 @@ from rankfold.decompose import svd
 from rankfold.decompose.decomposition import working_precision
 from rankfold.decompose.matrix import leading_eigenvectors
 from rankfold.layers import (
-    CONVOLUTIONS,
     Dense,
     TwoFactorConvolution,
     TwoFactorLinear,
     assign_factors,
     check_ranks,
 )
-from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, other_kind
+from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, why_not_dense
 from rankfold.methods.moments import Moments
 
 
@@ -44,12 +43,7 @@ class LowRank:
         check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
-        if not isinstance(layer, Dense) or type(layer) not in (nn.Linear, *CONVOLUTIONS):
-            return other_kind(layer)
-        if layer.weight.numel() == 0:
-            return "its weight is empty"
-        groups = getattr(layer, "groups", 1)
-        return None if groups == 1 else f"grouped convolution, groups={groups}"
+        return why_not_dense(layer)
 
     def fit(self, layer: Dense, moments: Moments) -> "LowRankFamily":
         left, right, values = _factors(layer.weight.detach(), moments)

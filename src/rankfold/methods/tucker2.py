@@ -18,13 +18,12 @@ from rankfold.decompose import Tucker, Weights, tucker
 from rankfold.decompose.matrix import leading_eigenvectors
 from rankfold.decompose.unfolding import mode_product
 from rankfold.layers import (
-    CONVOLUTIONS,
     Convolution,
     TuckerConvolution,
     assign_factors,
     check_ranks,
 )
-from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, other_kind
+from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, why_not_spatial
 from rankfold.methods.moments import Moments
 
 CHANNEL_MODES = (0, 1)  # of a weight (out, in, *kernel)
@@ -49,16 +48,11 @@ class Tucker2:
         check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
-        if not isinstance(layer, CONVOLUTIONS) or type(layer) not in CONVOLUTIONS:
-            return other_kind(layer)
-        if layer.weight.numel() == 0:
-            return "its weight is empty"
-        if layer.groups != 1:
-            return f"grouped convolution, groups={layer.groups}"
-        if layer.weight[0, 0].numel() == 1:
-            return "a 1x1 kernel has no spatial modes to keep apart: svd serves it"
-        if layer.in_channels < 2 * self.alignment:
-            return f"only {layer.in_channels} input channels to reduce: svd serves it"
+        if (reason := why_not_spatial(layer)) is not None:
+            return reason
+        inputs = layer.get_parameter("weight").shape[1]
+        if inputs < 2 * self.alignment:
+            return f"only {inputs} input channels to reduce: svd serves it"
         return None
 
     def fit(self, layer: Convolution, moments: Moments) -> "Tucker2Family":

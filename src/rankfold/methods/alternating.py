@@ -1,0 +1,95 @@
+"""Alternating least squares in any metric: each factor improved in turn, the others given.
+
+A weight is linear in each of its factors, so its squared error is quadratic in each. The normal
+equations of a factor are too large to be written down in the metric of whole patches; conjugate
+gradients only multiply by them, and each of their steps lowers the error.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from rankfold.methods.moments import Moments
+
+_SWEEPS = 2
+_STEPS = 3
+_EXACT = 1e-20  # share of the weight's square that is rounding
+_NEGLIGIBLE = 1e-20  # share of the first residual's square
+
+
+Factors = tuple[torch.Tensor, ...]
+
+
+def alternate(
+    factors: Factors,
+    sweep: Callable[..., Factors],
+    product: Callable[..., torch.Tensor],
+    weight: torch.Tensor,
+    moments: Moments,
+) -> Factors:
+    """The factors after a few sweeps, for as long as these lower the error of their product.
+
+    Where moments are singular rounding may keep a sweep from doing what it should.
+    """
+    least = moments.squared_error(product(*factors) - weight)
+    whole = moments.squared_error(weight)
+    for _ in range(_SWEEPS):
+        if least <= _EXACT * whole:
+            break
+        candidates = sweep(*factors)
+        reached = moments.squared_error(product(*candidates) - weight)
+        if not reached < least:
+            break
+        factors, least = candidates, reached
+    return factors
+
+
+def improve(
+    factor: torch.Tensor,
+    product: Callable[[torch.Tensor], torch.Tensor],
+    weight: torch.Tensor,
+    moments: Moments,
+    precondition: Callable[[torch.Tensor], torch.Tensor],
+    steps: int = _STEPS,
+) -> torch.Tensor:
+    """The factor, float64, after a few steps of preconditioned conjugate gradients.
+
+    `product` is linear: the weight (out, in, *kernel) that a factor gives with the others.
+    `precondition` applies a symmetric positive definite guess of the inverse of its normal
+    equations. The error in the metric never rises.
+    """
+    weight = weight.double()
+    residual = _transposed(product, factor, _in_metric(weight - product(factor), moments))
+    direction = torch.zeros_like(factor)
+    before, first = 1.0, 0.0
+    for _ in range(steps):
+        preconditioned = precondition(residual)
+        energy = (residual * preconditioned).sum().item()
+        first = first or energy
+        direction = preconditioned + (energy / before) * direction
+        effect = product(direction)
+        response = _in_metric(effect, moments)
+        curvature = (effect * response).sum().item()
+        if energy <= _NEGLIGIBLE * first or curvature <= 0:
+            break
+        length = energy / curvature
+        factor = factor + length * direction
+        residual = residual - length * _transposed(product, factor, response)
+        before = energy
+    return factor
+
+
+def _in_metric(difference: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """G Δ A, in the shape of Δ."""
+    flat = moments.times_gradients(moments.times_inputs(difference))
+    return flat.reshape(difference.shape)
+
+
+def _transposed(
+    product: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """The transpose of a linear map, applied to a weight: it is the gradient of their product."""
+    with torch.enable_grad():
+        variable = torch.zeros_like(like, requires_grad=True)
+        (gradient,) = torch.autograd.grad(product(variable), variable, weight)
+    return gradient

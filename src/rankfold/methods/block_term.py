@@ -1,0 +1,208 @@
+"""Block-term decomposition of a convolution's kernel: a sum of Tucker-2 blocks.
+
+De Lathauwer: Decompositions of a higher-order tensor in block terms, part II. SIAM Journal on
+Matrix Analysis and Applications 30 (2008); part III, with Nion: by alternating least squares.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from rankfold.decompose import tucker
+from rankfold.decompose.decomposition import working_precision
+from rankfold.decompose.weights import Whitening
+from rankfold.layers import (
+    BlockTermConvolution,
+    Convolution,
+    assign_factors,
+    block_term_limit,
+    block_widths,
+    check_ranks,
+)
+from rankfold.methods.method import Rank, check_alignment, why_not_spatial
+from rankfold.methods.moments import WEIGHT_METRIC, Moments
+from rankfold.methods.refit import best_last_factor, improved_last_factor, of_equal_norms
+from rankfold.methods.sampled import SampledFamily
+
+_CHANNELS = (0, 1)  # modes of the kernel
+# Sweeps of alternating least squares of a fit whose loss is an estimate, and of the one built.
+_DRAFT, _SWEEPS = 6, 50
+_IMPROVEMENT = 1e-3  # share of the squared error: less ends the sweeps
+_CORE_STEPS = 4
+
+
+@dataclass(frozen=True)
+class BlockTerm:
+    """K ≈ Σ_b out_b core_b in_b: 1x1 in→n w, kxk in n groups, 1x1 n w→out.
+
+    Between CP, whose terms mix no channels, and Tucker-2, which has one core for all: a grouped
+    convolution does more with each number that it loads than a depthwise one. Blocks are as wide as
+    `alignment`, and a rank is their number n. Takes ungrouped convolutions with a kernel larger
+    than 1x1 and channels for at least two blocks. Fits find local optima.
+    """
+
+    name: ClassVar[str] = "block-term"
+    alignment: int = 8
+
+    def __post_init__(self) -> None:
+        check_alignment(self.alignment)
+
+    def why_not(self, layer: nn.Module) -> str | None:
+        return why_not_spatial(layer, channels=2 * self.alignment)
+
+    def fit(self, layer: Convolution, moments: Moments) -> SampledFamily:
+        fit = _Fit(layer, moments, self.alignment)
+        limit = block_term_limit(layer, self.alignment)
+        w_out, w_in = block_widths(layer, self.alignment)
+        places = fit.tensor.shape[2]
+        block = w_in * layer.in_channels + w_in * w_out * places + w_out * layer.out_channels
+        saving = (layer.weight.numel() - 1) // block
+        candidates = [(count,) for count in range(1, min(saving, limit - 1) + 1)]
+        return SampledFamily(
+            layer, moments, [*candidates, (limit,)], (limit,), fit.refined, fit.drafted
+        )
+
+    def skeleton(self, layer: Convolution, rank: Rank) -> nn.Sequential:
+        check_ranks(rank, (block_term_limit(layer, self.alignment),), layer)
+        return BlockTermConvolution(layer, rank[0], self.alignment, device="meta")
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Σ_b outputs[:, b] cores[b] inputs[:, b]ᵀ, of a kernel (out, in, places)."""
+
+    outputs: torch.Tensor  # (out, blocks, width of outputs)
+    inputs: torch.Tensor  # (in, blocks, width of inputs)
+    cores: torch.Tensor  # (blocks, width of outputs, width of inputs, places)
+
+    def features(self) -> torch.Tensor:
+        """The kernel of all but the last factor: (blocks * width of outputs, in, places)."""
+        return torch.einsum("bqrp,ibr->bqip", self.cores, self.inputs).flatten(0, 1)
+
+    def to_tensor(self) -> torch.Tensor:
+        return torch.tensordot(self.outputs.flatten(1), self.features(), dims=1)
+
+    def transposed(self) -> "_Blocks":
+        return _Blocks(self.inputs, self.outputs, self.cores.transpose(1, 2))
+
+    def projected(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The inner products of a kernel with what each entry of the cores stands for."""
+        half = torch.tensordot(self.outputs.flatten(1).mT, tensor, dims=1)
+        half = half.unflatten(0, self.outputs.shape[1:])
+        return torch.einsum("bqip,ibr->bqrp", half, self.inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """The blocks of one kernel: in the metric of channels, then the last factor in patches'."""
+
+    layer: Convolution
+    moments: Moments
+    width: int
+
+    @cached_property
+    def tensor(self) -> torch.Tensor:
+        """(out, in, places), float64."""
+        return working_precision(self.layer.weight.detach()).double().flatten(2)
+
+    @cached_property
+    def whitening(self) -> Whitening:
+        channels = self.moments.of_channels(self.layer.in_channels)
+        known = zip(_CHANNELS, (channels.gradients, channels.inputs), strict=True)
+        weights = {mode: moment for mode, moment in known if moment is not None}
+        return Whitening.of(self.tensor.shape, weights)
+
+    @cached_property
+    def whitened(self) -> torch.Tensor:
+        return self.whitening.whiten(self.tensor)
+
+    def drafted(self, rank: Rank) -> BlockTermConvolution:
+        return self._form(rank, _DRAFT)
+
+    def refined(self, rank: Rank) -> BlockTermConvolution:
+        return self._form(rank, _SWEEPS)
+
+    def _form(self, rank: Rank, sweeps: int) -> BlockTermConvolution:
+        form = BlockTermConvolution(self.layer, rank[0], self.width, device="meta")
+        found = _strongest(self.whitened, block_widths(self.layer, self.width), rank[0])
+        found = _alternate(self.whitened, found, sweeps)
+        found = _Blocks(
+            self.whitening.restore(found.outputs.flatten(1), 0).reshape(found.outputs.shape),
+            self.whitening.restore(found.inputs.flatten(1), 1).reshape(found.inputs.shape),
+            found.cores,
+        )
+        last = improved_last_factor(
+            self.tensor, found.outputs.flatten(1), found.features(), self.moments
+        )
+        factors = of_equal_norms([found.inputs.flatten(1).mT, found.cores.flatten(0, 1), last])
+        assign_factors(form, factors, self.layer)
+        return form
+
+
+def _strongest(tensor: torch.Tensor, widths: tuple[int, int], count: int) -> _Blocks:
+    """A start: those blocks of the core of the HOSVD that hold most, as many as asked for.
+
+    The singular vectors of outputs and inputs are divided into groups in their order; each pair of
+    groups is a block of the core, and together all pairs are the tensor.
+    """
+    hosvd = tucker(tensor, modes=_CHANNELS)
+    bases = []
+    for factor, width in zip(hosvd.factors, widths, strict=True):
+        groups = -(-len(factor) // width)
+        missing = groups * width - factor.shape[1]
+        bases.append(nn.functional.pad(factor, (0, missing)).unflatten(1, (-1, width)))
+    outputs, inputs = bases
+    half = torch.einsum("ogq,oip->gqip", outputs, tensor)
+    cores = torch.einsum("gqip,ihr->ghqrp", half, inputs)
+    energies = cores.square().sum((2, 3, 4)).flatten()
+    chosen = energies.argsort(descending=True, stable=True)[:count]
+    rows, columns = chosen // inputs.shape[1], chosen % inputs.shape[1]
+    return _Blocks(outputs[:, rows], inputs[:, columns], cores[rows, columns])
+
+
+def _alternate(tensor: torch.Tensor, blocks: _Blocks, sweeps: int) -> _Blocks:
+    """Solve for the outputs of all blocks, for the inputs, and improve the cores, in turn."""
+    total = tensor.square().sum().item()
+    error = (tensor - blocks.to_tensor()).square().sum().item()
+    for _ in range(sweeps):
+        if error <= 1e-20 * total:
+            break
+        found = _with_best_outputs(tensor, blocks)
+        found = _with_best_outputs(tensor.transpose(0, 1), found.transposed()).transposed()
+        found = _with_better_cores(tensor, found)
+        before, error = error, (tensor - found.to_tensor()).square().sum().item()
+        if not error < before:
+            break
+        blocks = found
+        if before - error < _IMPROVEMENT * before:
+            break
+    return blocks
+
+
+def _with_best_outputs(tensor: torch.Tensor, blocks: _Blocks) -> _Blocks:
+    """Least squares; then orthonormal within each block, which the core makes up for."""
+    solved = best_last_factor(tensor, blocks.features(), WEIGHT_METRIC)
+    outputs, mixing = torch.linalg.qr(solved.reshape(blocks.outputs.shape).movedim(1, 0))
+    cores = torch.einsum("bsq,bqrp->bsrp", mixing, blocks.cores)
+    return replace(blocks, outputs=outputs.movedim(0, 1), cores=cores)
+
+
+def _with_better_cores(tensor: torch.Tensor, blocks: _Blocks) -> _Blocks:
+    """A few steps of conjugate gradients for all cores together."""
+    cores = blocks.cores
+    rest = blocks.projected(tensor - blocks.to_tensor())
+    direction, size = rest, rest.square().sum()
+    for _ in range(_CORE_STEPS):
+        effect = replace(blocks, cores=direction).to_tensor()
+        curvature = effect.square().sum()
+        if not curvature > 0:
+            break
+        along = size / curvature
+        cores = cores + along * direction
+        rest = rest - along * blocks.projected(effect)
+        size, previous = rest.square().sum(), size
+        direction = rest + (size / previous) * direction
+    return replace(blocks, cores=cores)

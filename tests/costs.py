@@ -1,0 +1,169 @@
+"""Parameters and MACs of every method's form by hand: what its paper says that it costs.
+
+A function for each method gives the links of its chain for one plain convolution (a linear layer
+is one without a kernel), without the bias: of each the parameters, and how many axes of the map
+have been walked along behind it. A link costs its parameters at every position of its output.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+Links = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A plain convolution of inputs to outputs."""
+
+    outputs: int
+    inputs: int
+    kernel: tuple[int, ...]
+
+    @property
+    def places(self) -> int:
+        return math.prod(self.kernel)
+
+    @property
+    def axes(self) -> int:
+        return len(self.kernel)
+
+    @property
+    def longer(self) -> Links:
+        """Of each axis that the kernel is longer than 1 along: its length, and the axes walked.
+
+        An axis that it is 1 long along goes with the one before.
+        """
+        longer = [axis for axis, length in enumerate(self.kernel) if length > 1]
+        ends = [*longer[1:], self.axes]
+        return [(self.kernel[axis], end) for axis, end in zip(longer, ends, strict=True)]
+
+    @property
+    def column(self) -> tuple[int, int]:
+        """The first of these: what a separable convolution does first."""
+        return self.longer[0]
+
+    @property
+    def row(self) -> int:
+        return self.places // self.column[0]
+
+
+def svd(of: Plain, r: int) -> Links:
+    """Denton et al. 2014."""
+    return [(of.inputs * of.places * r, of.axes), (r * of.outputs, of.axes)]
+
+
+def tucker2(of: Plain, r_out: int, r_in: int) -> Links:
+    """Kim et al. 2016, equations 4 to 7."""
+    core = (r_in * r_out * of.places, of.axes)
+    return [(of.inputs * r_in, 0), core, (r_out * of.outputs, of.axes)]
+
+
+def interpolative(of: Plain, channels: int) -> Links:
+    return [(channels * of.places * of.outputs, of.axes)]
+
+
+def separable(of: Plain, r: int) -> Links:
+    """Jaderberg et al. 2014."""
+    length, walked = of.column
+    return [(of.inputs * length * r, walked), (r * of.row * of.outputs, of.axes)]
+
+
+def separable3(of: Plain, r: int, q: int) -> Links:
+    """Zhang et al. 2016."""
+    length, walked = of.column
+    last = (q * of.outputs, of.axes)
+    return [(of.inputs * length * r, walked), (r * of.row * q, of.axes), last]
+
+
+def separable_basis(of: Plain, m: int) -> Links:
+    """Jaderberg et al. 2014."""
+    length, walked = of.column
+    features = of.inputs * m
+    return [(features * length, walked), (features * (of.row + of.outputs), of.axes)]
+
+
+def fixed_basis(of: Plain, m: int) -> Links:
+    return [(of.inputs * m * (of.places + of.outputs), of.axes)]
+
+
+def flattened(of: Plain, _: int) -> Links:
+    """Jin et al. 2015."""
+    return [(of.inputs * of.outputs, 0), *((of.outputs * n, walked) for n, walked in of.longer)]
+
+
+def cp(of: Plain, r: int) -> Links:
+    return [(of.inputs * r, 0), (r * (of.places + of.outputs), of.axes)]
+
+
+def cp_separable(of: Plain, r: int) -> Links:
+    """Lebedev et al. 2015."""
+    filters = [(r * n, walked) for n, walked in of.longer]
+    return [(of.inputs * r, 0), *filters, (r * of.outputs, of.axes)]
+
+
+def tucker_cp(of: Plain, r: int, width: int) -> Links:
+    """Phan et al. 2020."""
+    w_in, w_out = min(width, of.inputs), min(width, of.outputs)
+    behind = r * (of.places + w_out) + w_out * of.outputs
+    return [((of.inputs + r) * w_in, 0), (behind, of.axes)]
+
+
+def tensor_train(of: Plain, *ranks: int) -> Links:
+    cores = zip(ranks[:-1], ranks[1:], of.longer, strict=True)
+    between = [(before * after * n, walked) for before, after, (n, walked) in cores]
+    return [(of.inputs * ranks[0], 0), *between, (ranks[-1] * of.outputs, of.axes)]
+
+
+def block_term(of: Plain, blocks: int, width: int) -> Links:
+    w_in, w_out = min(width, of.inputs), min(width, of.outputs)
+    core = (blocks * w_in * w_out * of.places, of.axes)
+    return [(of.inputs * blocks * w_in, 0), core, (blocks * w_out * of.outputs, of.axes)]
+
+
+BY_HAND = {
+    "svd": svd,
+    "full-rank": svd,
+    "tucker2": tucker2,
+    "interpolative": interpolative,
+    "separable": separable,
+    "separable3": separable3,
+    "separable-basis": separable_basis,
+    "fixed-basis": fixed_basis,
+    "flattened": flattened,
+    "cp": cp,
+    "cp-separable": cp_separable,
+    "tucker-cp": tucker_cp,
+    "tensor-train": tensor_train,
+    "block-term": block_term,
+}
+
+
+def cost_by_hand(
+    method: str, layer: nn.Module, rank: tuple[int, ...], given: torch.Size, made: torch.Size
+) -> tuple[int, int]:
+    """Parameters and MACs for inputs and outputs of these shapes; blocks of one channel.
+
+    Those of a grouped convolution are those of a plain one for each group; those of a transposed
+    one those of the convolution of its outputs to its inputs.
+    """
+    groups = getattr(layer, "groups", 1)
+    rows, columns, *kernel = layer.weight.shape
+    if getattr(layer, "transposed", False):
+        given, made = made, given
+    maps = given[2:], made[2:]
+    samples = given[0]
+    if isinstance(layer, nn.Linear):
+        maps, samples = (torch.Size(), torch.Size()), given[:-1].numel()
+    of = Plain(rows // groups, columns, tuple(kernel))
+    links = BY_HAND[method](of, *rank, *((1,) if method == "block-term" else ()))
+    macs = 0
+    for parameters, walked in links:
+        before, behind = maps
+        macs += parameters * samples * math.prod((*behind[:walked], *before[walked:]))
+    bias = 0
+    if layer.bias is not None:
+        bias = len(layer.bias)
+    return groups * sum(parameters for parameters, _ in links) + bias, groups * macs
