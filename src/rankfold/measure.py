@@ -191,11 +191,17 @@ def accuracy(model: nn.Module, data: Data) -> float:
 
 
 def latencies(
-    calls: Sequence[Callable[[], Any]], device: torch.device, progress: Progress = silent
+    calls: Sequence[Callable[[], Any]],
+    device: torch.device,
+    progress: Progress = silent,
+    seconds: float = _SECONDS,
 ) -> list[float]:
-    """Median milliseconds of each call, the calls taking turns so that drift hits all alike."""
+    """Median milliseconds of each call, the calls taking turns so that drift hits all alike.
+
+    So many of each as fill the `seconds`, at least 7 and at most 200.
+    """
     slowest = max(_warm_up(call, device) for call in calls)
-    rounds = min(max(math.ceil(_SECONDS / slowest), _ROUNDS[0]), _ROUNDS[1])
+    rounds = min(max(math.ceil(seconds / slowest), _ROUNDS[0]), _ROUNDS[1])
     times: list[list[float]] = [[] for _ in calls]
     collecting = gc.isenabled()
     gc.disable()
