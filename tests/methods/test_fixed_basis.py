@@ -105,17 +105,23 @@ def test_in_the_weight_metric_the_mixture_is_the_transform() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
-def test_the_basis_is_frozen_also_after_loading(tmp_path) -> None:
-    model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1))
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(8, 16, 3), nn.Conv2d(8, 16, 3, groups=2), nn.ConvTranspose2d(8, 16, 3)],
+    ids=str,
+)
+def test_the_basis_is_frozen_also_after_loading(tmp_path, layer) -> None:
+    model = nn.Sequential(layer)
     data = [torch.randn(2, 8, 6, 6)]
     analysis = rf.analyze(model, data, methods=[FixedBasis()], metric="weight")
     small = rf.factorize(model, analysis.plan(macs=0.5))
     rf.save(small, tmp_path / "small")
-    loaded = rf.load(tmp_path / "small", like=lambda: nn.Sequential(nn.Conv2d(8, 16, 3, padding=1)))
+    loaded = rf.load(tmp_path / "small", like=model)
     for network in (small, loaded):
-        basis, mixture = network[0]
-        assert not basis.weight.requires_grad
-        assert mixture.weight.requires_grad and mixture.bias.requires_grad
+        names = ["basis", "mixture"][:: -1 if isinstance(layer, nn.ConvTranspose2d) else 1]
+        factors = dict(zip(names, network[0], strict=True))
+        assert not factors["basis"].weight.requires_grad
+        assert factors["mixture"].weight.requires_grad and network[0][-1].bias.requires_grad
     torch.testing.assert_close(loaded(data[0]), small(data[0]))
 
 

@@ -56,7 +56,7 @@ def test_the_kept_channels_are_regressed_on_and_the_loss_is_the_error(layer, kno
     for (rank,) in family.ranks():
         form = family.build((rank,))
         error, weight = by_brute_force(layer, moments, form[0].channels.tolist())
-        assert relative(form.to_dense().weight.detach(), weight) < 1e-6
+        assert relative(form.to_dense().weight.detach(), weight) < 1e-4
         assert family.loss((rank,)) == pytest.approx(error / whole, abs=1e-6)
 
 
@@ -107,6 +107,19 @@ def test_dead_and_repeated_channels_go_without_loss() -> None:
     form = family.build((4,))
     assert 1 not in form[0].channels
     assert relative(form(given), layer(given)) < 1e-3
+
+
+def test_of_fewer_samples_than_features_weights_do_not_grow() -> None:
+    """Past as many channels as samples, what is left of the others is rounding of float32."""
+    layer = nn.Linear(120, 16)
+    given = tensor_of((40, 120)).float() + 3
+    moment = (given.mT @ given / 40).double()
+    moment += 1e-6 * moment.diagonal().mean() * torch.eye(120)
+    family = Interpolative().fit(layer, Moments(moment))
+    for rank in (56, 80, 112):
+        weight = family.build((rank,))[1].weight
+        assert weight.norm() < 5 * layer.weight.norm()
+        assert family.loss((rank,)) < 1e-5
 
 
 @pytest.mark.parametrize("ridge", [1e-10, 1e-18])

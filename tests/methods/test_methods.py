@@ -204,6 +204,9 @@ def test_skeleton_and_fitted_layer_agree(name, data) -> None:
     assert {n: v.shape for n, v in skeleton.state_dict().items()} == {
         n: v.shape for n, v in form.state_dict().items()
     }
+    assert {n: p.requires_grad for n, p in skeleton.named_parameters()} == {
+        n: p.requires_grad for n, p in form.named_parameters()
+    }
     assert repr(skeleton) == repr(form)
 
 

@@ -20,8 +20,8 @@ from rankfold.layers import Dense, SelectedChannels, assign_factors, check_ranks
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, why_not_dense
 from rankfold.methods.moments import Moments
 
-# Of the sum of the eigenvalues of the inputs' moment, added to all: what no input shows, but for the
-# rounding of the float32 products that a moment is the sum of, explains nothing.
+# Of the sum of the eigenvalues of the inputs' moment, added to all: what no input shows explains
+# nothing. A moment is a sum of float32 products, whose rounding is more than float64's.
 _RIDGE = 1e-8
 # Rows of a Cholesky factor that are gathered before their product is taken off a moment at once.
 _PENDING = 64
