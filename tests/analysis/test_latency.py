@@ -97,7 +97,8 @@ def to_time(model: nn.Module) -> list[LayerToTime]:
     found = []
     for name, shape in shapes.items():
         layer = model.get_submodule(name)
-        methods = {key: method() for key, method in METHODS.items() if not method().why_not(layer)}
+        all_methods = {key: METHODS[key]() for key in ("tucker2", "svd")}
+        methods = {key: method for key, method in all_methods.items() if not method.why_not(layer)}
         ranks = {
             key: list(method.fit(layer, WEIGHT_METRIC).ranks()) for key, method in methods.items()
         }
@@ -115,11 +116,11 @@ def test_a_network_is_timed_with_all_that_could_replace_its_layers(monkeypatch) 
     layers = to_time(model)
     network, timings = time_network(model, batch, layers, run, cache)
     assert 0 < network.dense_ms < math.inf and 0 <= network.rest_ms < math.inf
-    assert network.memory_format == "channels_last"
+    assert network.memory_format in ("channels_last", "contiguous")
     assert network.threads == torch.get_num_threads()
     assert network.device == device_name(torch.device("cpu"))
     assert set(timings) == {"body", "head"}
-    assert {"tucker2", "svd"} <= set(timings["body"].tables)
+    assert set(timings["body"].tables) == {"tucker2", "svd"}
     assert set(timings["head"].tables) == {"svd"}
     for layer in layers:
         timing = timings[layer.name]
@@ -132,7 +133,8 @@ def test_a_network_is_timed_with_all_that_could_replace_its_layers(monkeypatch) 
             for axis in range(table.ndim):
                 assert (np.diff(table, axis=axis) >= 0).all()
             found = timing.of(key, layer.ranks[key])
-            assert ((table.min() <= found) & (found <= table.max())).all()
+            least, most = table.min() * (1 - 1e-9), table.max() * (1 + 1e-9)
+            assert ((least <= found) & (found <= most)).all()
     # What is known is not measured again.
     monkeypatch.setattr(latency, "milliseconds", refuse)
     _, again = time_network(model, batch, layers, run, cache)
