@@ -22,7 +22,7 @@ from rankfold.analysis.latency import (
 )
 from rankfold.analysis.timing_cache import TimingCache
 from rankfold.batches import run
-from rankfold.methods import METHODS, WEIGHT_METRIC
+from rankfold.methods import WEIGHT_METRIC, LowRank, Method, Tucker2
 
 axes = st.lists(st.integers(1, 200), min_size=1, max_size=5, unique=True).map(
     lambda values: tuple(sorted(values))
@@ -97,8 +97,8 @@ def to_time(model: nn.Module) -> list[LayerToTime]:
     found = []
     for name, shape in shapes.items():
         layer = model.get_submodule(name)
-        all_methods = {key: METHODS[key]() for key in ("tucker2", "svd")}
-        methods = {key: method for key, method in all_methods.items() if not method.why_not(layer)}
+        able = (method for method in (Tucker2(), LowRank()) if method.why_not(layer) is None)
+        methods: dict[str, Method] = {method.name: method for method in able}
         ranks = {
             key: list(method.fit(layer, WEIGHT_METRIC).ranks()) for key, method in methods.items()
         }

@@ -143,7 +143,7 @@ def test_it_can_be_trained_from_scratch() -> None:
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (nn.Conv2d(16, 16, 1), "a 1x1 kernel has no axes"),
+        (nn.Conv2d(16, 16, 1), "a kernel of 1x1 has no spatial modes"),
         (nn.Conv2d(16, 16, 3, groups=2), "groups=2"),
         (nn.Linear(16, 16), "no factorization for Linear layers"),
     ],
