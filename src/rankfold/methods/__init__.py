@@ -47,7 +47,8 @@ METHODS: dict[str, type[Method]] = {
 }
 
 # Those that an analysis tries unless it is told others: quick to fit, and often the best.
-DEFAULT_METHODS = ("tucker2", "svd", "separable", "interpolative", "full-rank", "fewer-units")
+# Interpolative is not among them: where samples are few, its predictions are far too good.
+DEFAULT_METHODS = ("tucker2", "svd", "separable", "full-rank", "fewer-units")
 
 Methods = str | Sequence[str | Method]
 
