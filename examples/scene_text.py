@@ -20,6 +20,8 @@ from rendered_text import split_fonts, word_batches
 import rankfold
 from rankfold.measure import in_fastest_memory_format
 
+METHODS = ["tucker2", "svd"]  # those of Kim et al. 2016
+
 CONVOLUTIONS_KEPT = 0.295  # of MACs and parameters; the linear layers share the budgets
 LINEAR_KEPT = 0.5  # of their parameters
 
@@ -50,7 +52,7 @@ def main() -> None:
     test = word_batches(options.words, held_out_fonts, seed=1)
     one_word = [images[:1] for images, _ in test[len(test) // 2 :]]
 
-    analysis = rankfold.analyze(model, one_word, metric="weight")
+    analysis = rankfold.analyze(model, one_word, metric="weight", methods=METHODS)
     convolutions = [layer for layer in analysis.layers if layer.layer.startswith("Conv2d")]
     linears = [layer for layer in analysis.layers if layer.layer.startswith("Linear")]
     plan = analysis.plan(

@@ -31,6 +31,7 @@ from rankfold.measure import Comparison, Measurement, accuracy, measure
 from rankfold.plan import Plan
 from rankfold.record import Record, record_of
 from rankfold.recover import Recovery, recover, reestimate_batch_norm
+from rankfold.refit import Refit, refit
 from rankfold.version import __version__
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "RankfoldError",
     "Record",
     "Recovery",
+    "Refit",
     "TensorError",
     "UnsupportedLayerError",
     "__version__",
@@ -62,6 +64,7 @@ __all__ = [
     "record_of",
     "recover",
     "reestimate_batch_norm",
+    "refit",
     "save",
     "with_timings",
 ]

@@ -95,7 +95,10 @@ class Analysis:
           budget for the whole network, as the fraction of the dense network that is *kept* (at most
           1) or, above 1, as an absolute number (MACs of one sample, milliseconds of one batch). The
           choice with the least predicted loss in sum is found exactly, all methods competing; with
-          `objective="max"` the one whose greatest loss of a layer is least (ALDS: Liebenwein 2021).
+          `objective="max"` the one whose greatest loss of a layer is least (ALDS: Liebenwein 2021),
+          `objective="product"` the one with the greatest product of the shares of energy that the
+          layers keep (Zhang et al. 2016, section 2.4, there by a greedy search; in the metrics
+          weight and svd-llm, whose losses are relative).
           Latency needs an analysis that was `timed`; layers that would not get faster stay dense.
         - `energy=`: the ranks that keep this share of the energy of every unfolding.
         - `fraction=`: this fraction of full rank everywhere.

@@ -13,7 +13,8 @@ from rankfold.methods import Rank, Spectrum
 from rankfold.plan import Cost, LayerPlan
 
 Rule = Callable[[Spectrum], int]
-Objective = Literal["sum", "max"]
+Objective = Literal["sum", "max", "product"]
+_ALL = 1 - 1e-12  # a layer without any of its energy
 Choice = Candidate | None  # None: leave the layer dense
 
 
@@ -68,15 +69,19 @@ def choose_within_budget(
     objective: Objective = "sum",
     forced: Collection[str] = (),
 ) -> list[Choice]:
-    """The choice per layer with the least summed (or greatest) loss that keeps the limits.
+    """The choice per layer that keeps the limits, with the least of the objective.
 
-    With a limit of latency, only candidates that are faster than the dense layer count. The layers
-    `forced` by name do not stay dense. Raises BudgetError, with the smallest reachable fraction of
-    each cost, where there is none.
+    That is the sum of the losses; the greatest of them; or, of losses relative to the whole layer,
+    such that the product of the shares of energy that are kept is greatest. With a limit of
+    latency, only candidates that are faster than the dense layer count. The layers `forced` by name
+    do not stay dense. Raises BudgetError, with the smallest reachable fraction of each cost, where
+    there is none.
     """
     names = list(limits)
     options: list[list[Choice]] = []
     losses, costs = [], []
+    if objective == "product":
+        _check_relative(layers)
     for layer in layers:
         cost = np.column_stack([COSTS[name](layer) for name in names])
         kept = list(range(len(cost)))
@@ -87,7 +92,8 @@ def choose_within_budget(
             kept = kept[1:] or list(range(1, len(cost)))
         group: list[Choice] = [None, *layer.candidates]
         options.append([group[index] for index in kept])
-        losses.append(np.array([0.0, *(c.loss for c in layer.candidates)])[kept])
+        lost = np.array([0.0, *(c.loss for c in layer.candidates)])[kept]
+        losses.append(-np.log1p(-np.minimum(lost, _ALL)) if objective == "product" else lost)
         costs.append(cost[kept])
     fixed = np.array(
         [
@@ -112,7 +118,7 @@ def choose_within_budget(
                 f"network: the smallest that can be reached is {smallest[name]:g}",
                 smallest,
             )
-    solve = choose if objective == "sum" else choose_least_greatest
+    solve = choose_least_greatest if objective == "max" else choose
     try:
         picked = solve(losses, costs, room.tolist())
     except BudgetError as error:
@@ -120,6 +126,15 @@ def choose_within_budget(
             f"the budgets cannot be kept together; each by itself can go down to {offer}", smallest
         ) from error
     return [group[index] for group, index in zip(options, picked, strict=True)]
+
+
+def _check_relative(layers: Sequence[AnalysedLayer]) -> None:
+    for layer in layers:
+        if layer.candidates and layer.moments.scale is not None:
+            raise BudgetError(
+                "the product of energies is of losses relative to each layer's: analyze with "
+                "metric='weight' or 'svd-llm'"
+            )
 
 
 def choose_by_rule(
