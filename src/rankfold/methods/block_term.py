@@ -5,15 +5,12 @@ Matrix Analysis and Applications 30 (2008); part III, with Nion: by alternating 
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from rankfold.decompose import tucker
-from rankfold.decompose.decomposition import working_precision
-from rankfold.decompose.weights import Whitening
 from rankfold.layers import (
     BlockTermConvolution,
     Convolution,
@@ -26,8 +23,8 @@ from rankfold.methods.method import Rank, check_alignment, why_not_spatial
 from rankfold.methods.moments import WEIGHT_METRIC, Moments
 from rankfold.methods.refit import best_last_factor, improved_last_factor, of_equal_norms
 from rankfold.methods.sampled import SampledFamily
+from rankfold.methods.whitened import CHANNELS, WhitenedKernel
 
-_CHANNELS = (0, 1)  # modes of the kernel
 # Sweeps of alternating least squares of a fit whose loss is an estimate, and of the one built.
 _DRAFT, _SWEEPS = 6, 50
 _IMPROVEMENT = 1e-3  # share of the squared error: less ends the sweeps
@@ -96,28 +93,10 @@ class _Blocks:
 
 
 @dataclass(frozen=True, eq=False)
-class _Fit:
+class _Fit(WhitenedKernel):
     """The blocks of one kernel: in the metric of channels, then the last factor in patches'."""
 
-    layer: Convolution
-    moments: Moments
     width: int
-
-    @cached_property
-    def tensor(self) -> torch.Tensor:
-        """(out, in, places), float64."""
-        return working_precision(self.layer.weight.detach()).double().flatten(2)
-
-    @cached_property
-    def whitening(self) -> Whitening:
-        channels = self.moments.of_channels(self.layer.in_channels)
-        known = zip(_CHANNELS, (channels.gradients, channels.inputs), strict=True)
-        weights = {mode: moment for mode, moment in known if moment is not None}
-        return Whitening.of(self.tensor.shape, weights)
-
-    @cached_property
-    def whitened(self) -> torch.Tensor:
-        return self.whitening.whiten(self.tensor)
 
     def drafted(self, rank: Rank) -> BlockTermConvolution:
         return self._form(rank, _DRAFT)
@@ -148,7 +127,7 @@ def _strongest(tensor: torch.Tensor, widths: tuple[int, int], count: int) -> _Bl
     The singular vectors of outputs and inputs are divided into groups in their order; each pair of
     groups is a block of the core, and together all pairs are the tensor.
     """
-    hosvd = tucker(tensor, modes=_CHANNELS)
+    hosvd = tucker(tensor, modes=CHANNELS)
     bases = []
     for factor, width in zip(hosvd.factors, widths, strict=True):
         groups = -(-len(factor) // width)

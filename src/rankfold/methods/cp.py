@@ -17,7 +17,6 @@ from torch import nn
 from rankfold.decompose import CP, cp, error_preserving_correction
 from rankfold.decompose.cp import from_factors, khatri_rao
 from rankfold.decompose.decomposition import working_precision
-from rankfold.decompose.weights import Whitening
 from rankfold.layers import (
     Convolution,
     CPConvolution,
@@ -30,6 +29,7 @@ from rankfold.methods.method import Rank, aligned_ranks, check_alignment, why_no
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import improved_last_factor
 from rankfold.methods.sampled import SampledFamily
+from rankfold.methods.whitened import WhitenedKernel
 
 # Sweeps of alternating least squares of a fit whose loss is an estimate, and of the correction.
 _SWEEPS = 20
@@ -117,29 +117,16 @@ def refined_terms(tensor: torch.Tensor, rank: int) -> CP:
 
 
 @dataclass(frozen=True, eq=False)
-class _Fit:
+class _Fit(WhitenedKernel):
     """The terms of one kernel: in the metric of channels, then the outputs in that of patches."""
 
-    layer: Convolution
-    moments: Moments
     separable: bool
 
     @cached_property
     def tensor(self) -> torch.Tensor:
-        """The weight with one mode for each depthwise link: (out, in, places, ...), float64."""
+        """With one mode for each depthwise link: (out, in, places, ...), float64."""
         weight = working_precision(self.layer.weight.detach()).double()
         return weight.reshape(cp_modes(self.layer, self.separable))
-
-    @cached_property
-    def whitening(self) -> Whitening:
-        channels = self.moments.of_channels(self.layer.in_channels)
-        known = {0: channels.gradients, 1: channels.inputs}
-        weights = {mode: moment for mode, moment in known.items() if moment is not None}
-        return Whitening.of(self.tensor.shape, weights)
-
-    @cached_property
-    def whitened(self) -> torch.Tensor:
-        return self.whitening.whiten(self.tensor)
 
     def drafted(self, rank: Rank) -> CPConvolution:
         return self._form_of(drafted_terms(self.whitened, rank[0]))

@@ -5,7 +5,6 @@ tensor decomposition for compression of convolutional neural network. ECCV 2020,
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from typing import ClassVar
 
@@ -13,8 +12,6 @@ import torch
 from torch import nn
 
 from rankfold.decompose import CP, tucker
-from rankfold.decompose.decomposition import working_precision
-from rankfold.decompose.weights import Whitening
 from rankfold.layers import (
     Convolution,
     TuckerCPConvolution,
@@ -26,8 +23,7 @@ from rankfold.methods.method import Rank, aligned_ranks, check_alignment, why_no
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import improved_last_factor, of_equal_norms
 from rankfold.methods.sampled import SampledFamily
-
-_CHANNELS = (0, 1)  # modes of the kernel
+from rankfold.methods.whitened import CHANNELS, WhitenedKernel
 
 
 @dataclass(frozen=True)
@@ -64,27 +60,8 @@ class TuckerCP:
 
 
 @dataclass(frozen=True, eq=False)
-class _Fit:
+class _Fit(WhitenedKernel):
     """One kernel: in the metric of channels, then the last factor in that of patches."""
-
-    layer: Convolution
-    moments: Moments
-
-    @cached_property
-    def tensor(self) -> torch.Tensor:
-        """(out, in, places), float64."""
-        return working_precision(self.layer.weight.detach()).double().flatten(2)
-
-    @cached_property
-    def whitening(self) -> Whitening:
-        channels = self.moments.of_channels(self.layer.in_channels)
-        known = zip(_CHANNELS, (channels.gradients, channels.inputs), strict=True)
-        weights = {mode: moment for mode, moment in known if moment is not None}
-        return Whitening.of(self.tensor.shape, weights)
-
-    @cached_property
-    def whitened(self) -> torch.Tensor:
-        return self.whitening.whiten(self.tensor)
 
     def drafted(self, rank: Rank) -> TuckerCPConvolution:
         return self._form(rank, refine=False)
@@ -94,8 +71,8 @@ class _Fit:
 
     def _form(self, rank: Rank, refine: bool) -> TuckerCPConvolution:
         form = TuckerCPConvolution(self.layer, rank, device="meta")
-        widths = [min(rank[1], self.tensor.shape[mode]) for mode in _CHANNELS]
-        compressed = tucker(self.whitened, widths, _CHANNELS)
+        widths = [min(rank[1], self.tensor.shape[mode]) for mode in CHANNELS]
+        compressed = tucker(self.whitened, widths, CHANNELS)
         core = compressed.core
         # A small core has fewer terms at which it is exact than there may be; the others are zero.
         terms = min(rank[0], core.numel() // max(core.shape))
@@ -103,7 +80,7 @@ class _Fit:
         into, out_of, filters = _padded(found, rank[0])
         outputs, inputs = (
             self.whitening.restore(factor, mode)
-            for mode, factor in zip(_CHANNELS, compressed.factors, strict=True)
+            for mode, factor in zip(CHANNELS, compressed.factors, strict=True)
         )
         features = torch.einsum("qr,ir,pr->qip", into, inputs @ out_of, filters)
         last = improved_last_factor(self.tensor, outputs, features, self.moments)
