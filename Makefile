@@ -12,7 +12,7 @@ test: .venv-test/installed
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/ruff check .
 	.venv-test/bin/mypy
-	.venv-test/bin/pytest
+	.venv-test/bin/pytest -n 2 --dist worksteal
 
 # The pretrained networks: minutes each.
 examples: .venv-bench/installed

@@ -10,10 +10,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("reproducible")
-torch.set_num_threads(2)  # also for fixtures of a whole module
+# One thread each: the tests run side by side. Here too for the fixtures of a whole module.
+THREADS = 1
+torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
 def same_conditions() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
