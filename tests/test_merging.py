@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import rankfold
 from rankfold import search
 from rankfold.analysis import Overrides
+from rankfold.analysis.latency import NetworkTiming
 from rankfold.batches import run
 from rankfold.cost import count_macs, count_parameters
 from rankfold.errors import CheckpointError, PlanError
@@ -203,7 +204,7 @@ def test_a_rule_that_reads_spectra_leaves_recurrent_layers(analysis) -> None:
 def test_what_gains_no_time_is_put_back_with_its_reader(analysis, monkeypatch, dense_pays) -> None:
     """By a clock that likes the dense LSTM, or dislikes it; every network that it times runs."""
 
-    def milliseconds(networks, batch, forward, progress):
+    def milliseconds(networks, batch, forward, runtime, progress):
         for network in networks:
             forward(network, batch)
         dense = [network.first.hidden_size == 32 for network in networks]
@@ -224,7 +225,8 @@ def test_what_gains_no_time_is_put_back_with_its_reader(analysis, monkeypatch, d
     model, data = make_reader(), make_sequences()[0]
     plan = replace(plan, layers=timed_entries)
     timed = search.TimedPlan(plan, rankfold.factorize(model, plan), 1.1)
-    found = search._put_back(model, timed, data, run, silent)
+    timing = NetworkTiming(1.0, 0.0, "contiguous", "a processor", 1)
+    found = search._put_back(model, timed, data, run, timing, silent)
     assert isinstance(found.model.between, TwoFactorLinear)
     assert (found.model.first.hidden_size == 32) == dense_pays
     assert found.model(data).shape == model(data).shape

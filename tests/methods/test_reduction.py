@@ -149,7 +149,7 @@ def test_the_cost_of_a_grouped_convolution_by_hand() -> None:
         (nn.Conv2d(32, 32, 3, groups=32), "grouped convolution, groups=32: depthwise"),
         (nn.Conv2d(32, 64, 3, groups=32), "depthwise, with a single channel in a group"),
         (nn.ConvTranspose2d(64, 32, 3, groups=32), "transposed convolution, groups=32: depthwise"),
-        (nn.Conv2d(32, 32, 1, groups=2), "groups=2: a 1x1 kernel"),
+        (nn.Conv2d(32, 32, 1, groups=2), "groups=2: a kernel of 1x1"),
         (nn.Conv2d(12, 32, 3, groups=4), "groups=4: only 3 input channels"),
         (nn.ConvTranspose2d(32, 8, 3), "transposed convolution: only 8 input channels"),
     ],

@@ -121,6 +121,8 @@ class Analysis:
         forced = {layer.name for layer in layers if overrides.forces(layer)}
         if budgets:
             request: dict[str, float | str] = dict(budgets)
+            if objective != "sum":
+                request["objective"] = objective
             choices = self._within(layers, budgets, objective, forced)
         else:
             request = dict(rules) or {"evbmf": "global analytic solution"}
