@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -105,7 +106,7 @@ def try_method(
             continue
         rank: Rank = min(affordable, key=family.loss)
         form = family.build(rank)
-        seconds, start = time.perf_counter() - start, time.perf_counter()
+        seconds = time.perf_counter() - start
         weight = module.weight.detach()  # type: ignore[union-attr]
         difference = form.to_dense().weight.detach().double() - weight.double()
         whole = layer.moments.squared_error(weight)
@@ -124,6 +125,7 @@ def try_method(
         }
         print(json.dumps(row), flush=True)
         yield row
+        start = time.perf_counter()
 
 
 def speedup(module: nn.Module, form: nn.Module, shape: tuple[int, ...]) -> float:
@@ -193,12 +195,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         seconds = [row["seconds"] for row in rows if row["method"] == name]
         lines.append((name, *cells, f"{sum(seconds):.1f}"))
     shares = [f"{share:.0%} of MACs" for share in SHARES]
-    title = f"response error / speed-up, median of {layers} layers"
+    of = f"median of {layers} layers" if layers > 1 else "one layer"
+    title = f"response error / speed-up, {of}"
     return markdown_table((title, *shares, "seconds in all"), lines)
-
-
-def median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
