@@ -9,7 +9,7 @@ With the nonlinearity (their section 3.2) what is fitted is the response after t
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -132,22 +132,31 @@ def _is_pointwise(layer: Any) -> bool:
 def _calls(
     model: nn.Module, factors: Mapping[str, nn.Module], batch: Any, forward: Forward
 ) -> dict[str, int]:
-    """How often the model calls each layer, in the order of the first calls; those it never does
-    left out.
-    """
+    """How often the model calls each layer it calls at all, in the order of the first calls."""
     called: dict[str, int] = {}
 
     def count(name: str, *_: Any) -> None:
         called[name] = called.get(name, 0) + 1
 
-    hooks = [factor.register_forward_hook(partial(count, name)) for name, factor in factors.items()]
+    _run_watched(model, batch, 0, forward, {f: partial(count, name) for name, f in factors.items()})
+    return called
+
+
+def _run_watched(
+    model: nn.Module,
+    batch: Any,
+    index: int,
+    forward: Forward,
+    watched: Mapping[nn.Module, Callable[..., None]],
+) -> None:
+    """One forward pass that shows each of these modules' calls: module, inputs, output."""
+    hooks = [module.register_forward_hook(show) for module, show in watched.items()]
     try:
         with running(model), torch.no_grad():
-            run_or_explain(forward, model, batch, 0)
+            run_or_explain(forward, model, batch, index)
     finally:
         for hook in hooks:
             hook.remove()
-    return called
 
 
 class _Rows:
@@ -211,12 +220,8 @@ def _seen(
         if len(found) == calls:
             raise _Enough
 
-    hook = layer.register_forward_hook(note)
-    try:
-        with running(network), torch.no_grad(), contextlib.suppress(_Enough):
-            run_or_explain(forward, network, batch, index)
-    finally:
-        hook.remove()
+    with contextlib.suppress(_Enough):
+        _run_watched(network, batch, index, forward, {layer: note})
     return found
 
 
@@ -333,13 +338,7 @@ def _read_by_relu(
                     found[name] = threshold
 
     leaves = [module for module in model.modules() if not any(module.children())]
-    hooks = [module.register_forward_hook(note) for module in leaves]
-    try:
-        with running(model), torch.no_grad():
-            run_or_explain(forward, model, batch, 0)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _run_watched(model, batch, 0, forward, dict.fromkeys(leaves, note))
     return found
 
 
