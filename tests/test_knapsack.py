@@ -193,3 +193,26 @@ def test_the_greatest_loss_of_nothing_and_of_the_impossible() -> None:
 def test_the_greatest_loss_within_a_budget_of_nothing() -> None:
     choices = [np.array([0.0, 1.0])], [np.array([[1.0], [0.0]])]
     assert choose_least_greatest(*choices, [0.0]) == [1]
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_many_layers_of_one_shape_are_planned_as_by_the_solver(integers) -> None:
+    """One budget goes by dynamic programming, with a second that does not bind by HiGHS."""
+    rng = np.random.default_rng(int(integers))
+    losses, costs = [], []
+    for _ in range(12):
+        ranks = np.arange(1, 13) * 8.0
+        cost = ranks * (768 if integers else rng.uniform(700, 800))
+        losses.append(np.append(rng.random() * np.exp(-ranks / rng.uniform(20, 60)), 0.0))
+        costs.append(np.append(cost, 80_000.0)[:, None])
+    for share in (0.3, 0.55, 0.8):
+        limit = share * 12 * 80_000
+        ours = choose(losses, costs, [limit])
+        both = [np.column_stack([cost, np.ones(len(cost))]) for cost in costs]
+        theirs = choose(losses, both, [limit, 100.0])
+        found, best = (
+            sum(loss[pick] for loss, pick in zip(losses, picks, strict=True))
+            for picks in (ours, theirs)
+        )
+        assert sum(cost[pick, 0] for cost, pick in zip(costs, ours, strict=True)) <= limit
+        assert found == pytest.approx(best, rel=1e-8)

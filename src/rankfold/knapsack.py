@@ -13,6 +13,9 @@ from rankfold.errors import BudgetError, RankfoldError
 # and the rest solved again.
 _UNIT = 1e6
 _MOST_FORBIDDEN = 100
+_MOST_STATES = 20_000_000  # of the dynamic programme, before those that lead nowhere are dropped
+_ROUNDING = 1e-12
+_HALVINGS = 100  # of the interval that a price is sought in
 
 
 def choose(
@@ -22,11 +25,17 @@ def choose(
 
     `losses[g]` is (candidates of g,), `costs[g]` (candidates of g, budgets), `limits` (budgets,).
     Minimises the sum of losses subject to the sum of costs <= limits in every budget, to the
-    optimum (relative gap 1e-9), by HiGHS. Raises BudgetError if the limits cannot be met.
+    optimum (relative gap 1e-9): of one budget by dynamic programming, of several by HiGHS. Raises
+    BudgetError if the limits cannot be met.
     """
     if not losses:
         return []
     limit = np.asarray(limits, dtype=np.float64)
+    if len(limit) == 1:
+        columns = [np.asarray(cost, dtype=np.float64)[:, 0] for cost in costs]
+        found = _choose_by_states(losses, columns, float(limit[0]))
+        if found is not None:
+            return found
     unit = np.where(limit > 0, limit, 1.0) / _UNIT
     scaled = [np.asarray(cost, dtype=np.float64) / unit for cost in costs]
     kept = [undominated(loss, cost) for loss, cost in zip(losses, scaled, strict=True)]
@@ -65,6 +74,114 @@ def choose(
             forbidden[np.flatnonzero(group == g)[pick]] = 1
         constraints.append(LinearConstraint(forbidden, -np.inf, len(kept) - 1))
     raise BudgetError("no choice of candidates meets the budget")
+
+
+def _choose_by_states(
+    losses: Sequence[np.ndarray], costs: Sequence[np.ndarray], limit: float
+) -> list[int] | None:
+    """The choice within one limit, or None if there are too many states to keep.
+
+    Dynamic programming over lists of undominated (cost, loss), group by group, less those that
+    cannot become better than a choice that is known: by the Lagrangian bound of the groups still
+    to come (Pisinger 1995 has the like). Layers of one shape come to few distinct costs, among
+    which branch and bound would search long.
+    """
+    kept = [undominated(loss, cost[:, None]) for loss, cost in zip(losses, costs, strict=True)]
+    losses = [np.asarray(losses[g], dtype=np.float64)[k] for g, k in enumerate(kept)]
+    costs = [costs[g][k] for g, k in enumerate(kept)]
+    # Rounding must not rule out what meets a limit exactly.
+    room = limit + _ROUNDING * abs(limit)
+    least_costs = _still_to_come([cost.min() for cost in costs])
+    if least_costs[0] > room:
+        raise BudgetError("no choice of candidates meets the budget")
+    price = _price(losses, costs, limit)
+    incumbent = _greedy(losses, costs, limit, price)
+    bounds = _still_to_come(
+        [(loss + price * cost).min() for loss, cost in zip(losses, costs, strict=True)]
+    )
+    spent, lost = np.zeros(1), np.zeros(1)
+    history: list[tuple[np.ndarray, np.ndarray]] = []  # per group: state before, candidate
+    for g, (loss, cost) in enumerate(zip(losses, costs, strict=True)):
+        if len(spent) * len(cost) > _MOST_STATES:
+            return None
+        new_spent = (spent[:, None] + cost).ravel()
+        new_lost = (lost[:, None] + loss).ravel()
+        bound = new_lost + bounds[g + 1] - price * (limit - new_spent)
+        able = np.flatnonzero(
+            (new_spent + least_costs[g + 1] <= room)
+            & (bound <= incumbent + _ROUNDING * (abs(incumbent) + price * abs(limit)))
+        )
+        order = able[np.lexsort((new_lost[able], new_spent[able]))]
+        falling = np.minimum.accumulate(new_lost[order])
+        order = order[np.diff(falling, prepend=np.inf) < 0]
+        spent, lost = new_spent[order], new_lost[order]
+        history.append(np.divmod(order, len(cost)))
+    within = np.flatnonzero(spent <= limit)
+    if len(within) == 0:
+        raise BudgetError("no choice of candidates meets the budget")
+    state = within[lost[within].argmin()]
+    chosen = []
+    for before, picked in reversed(history):
+        chosen.append(int(picked[state]))
+        state = before[state]
+    return [int(k[pick]) for k, pick in zip(kept, reversed(chosen), strict=True)]
+
+
+def _still_to_come(values: Sequence[float]) -> np.ndarray:
+    """Sums of the values from each place on, and 0: one more than there are values."""
+    return np.append(np.cumsum(values[::-1])[::-1], 0.0)
+
+
+def _price(losses: Sequence[np.ndarray], costs: Sequence[np.ndarray], limit: float) -> float:
+    """The Lagrangian multiplier of the limit: the loss that a unit of cost is worth.
+
+    The least at which what is best in every group by itself keeps the limit.
+    """
+
+    def spends(price: float) -> float:
+        best = ((loss + price * cost).argmin() for loss, cost in zip(losses, costs, strict=True))
+        return sum(cost[pick] for cost, pick in zip(costs, best, strict=True))
+
+    if spends(0.0) <= limit:
+        return 0.0
+    slopes = [
+        (loss.max() - loss.min()) / steps.min()
+        for loss, cost in zip(losses, costs, strict=True)
+        if len(steps := np.diff(np.unique(cost)))
+    ]
+    low, high = 0.0, 2 * max(slopes, default=0.0)
+    least = high * 1e-18
+    for _ in range(_HALVINGS):
+        # Prices of networks are many orders of magnitude apart.
+        middle = (max(low, least) * high) ** 0.5
+        if spends(middle) <= limit:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _greedy(
+    losses: Sequence[np.ndarray], costs: Sequence[np.ndarray], limit: float, price: float
+) -> float:
+    """The loss of a choice that keeps the limit, infinite if none is found.
+
+    The best of each group at the price, then one change after another that lowers the loss most.
+    """
+    picked = [int((x + price * c).argmin()) for x, c in zip(losses, costs, strict=True)]
+    spent = sum(cost[pick] for cost, pick in zip(costs, picked, strict=True))
+    if spent > limit:
+        return np.inf
+    while True:
+        gains = [
+            np.where(spent - cost[pick] + cost <= limit, loss[pick] - loss, -np.inf)
+            for loss, cost, pick in zip(losses, costs, picked, strict=True)
+        ]
+        g = int(np.argmax([gain.max() for gain in gains]))
+        if gains[g].max() <= 0:
+            return float(sum(loss[pick] for loss, pick in zip(losses, picked, strict=True)))
+        picked[g] = int(gains[g].argmax())
+        spent = sum(cost[pick] for cost, pick in zip(costs, picked, strict=True))
 
 
 def choose_least_greatest(
