@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rankfold.batches import (
     Data,
     Forward,
+    all_finite,
     check_data,
     device_of,
     first_batches,
@@ -224,7 +225,7 @@ class _Objective:
             loss = loss + self._on_labels(output, split_batch(moved)[1], index)
         if self.teacher is not None:
             loss = loss + distance(output, self._target(batch, moved, index, kept))
-        if not torch.isfinite(loss) and not all(t.isfinite().all() for t in tensors_of(moved)):
+        if not torch.isfinite(loss) and not all_finite(moved):
             raise CalibrationError(f"batch {index} of the data holds NaN or infinity")
         return loss
 

@@ -19,7 +19,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankfold.analysis.divergence import Judge
-from rankfold.batches import Data, Forward, device_of, first_batches, run, run_or_explain, running
+from rankfold.batches import (
+    Data,
+    Forward,
+    all_finite,
+    device_of,
+    first_batches,
+    run,
+    run_or_explain,
+    running,
+)
 from rankfold.errors import CalibrationError, ModelError
 from rankfold.progress import Progress, silent
 
@@ -188,7 +197,7 @@ class _Rows:
                 self._add(_as_rows(ours, self.last), _as_rows(theirs, self.dense))
 
     def _add(self, features: torch.Tensor, responses: torch.Tensor) -> None:
-        if not (torch.isfinite(features).all() and torch.isfinite(responses).all()):
+        if not all_finite((features, responses)):
             raise CalibrationError("a layer gives NaN or infinity while it is refitted")
         if len(features) > self.most:
             chosen = torch.randint(len(features), (self.most,), generator=self.sampler)

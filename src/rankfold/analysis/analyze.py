@@ -250,6 +250,8 @@ class _Workbench:
             moments = moments.to(next(one.module.parameters()).device)
             candidates = []
             for key, method in one.layer.methods.items():
+                if not one.costs[key]:  # none of its ranks pays
+                    continue
                 is_plain = moments.is_plain and moments.scale is None
                 family = one.plain[key] if is_plain else _fit(method, one, moments)
                 families[one.layer.name, key] = family
@@ -324,14 +326,20 @@ class _Workbench:
         return choose_within_budget(fitted.layers, {"macs": Limit(budget * self.macs, self.macs)})
 
     def _check(self, fitted: _Fitted) -> list[Check]:
-        """A few candidates of each layer in its place, the other layers as they are."""
+        """A few candidates of each layer in its place, the other layers as they are.
+
+        On as many batches as let all checks together take no more passes than gathering did.
+        """
         assert self.calibration is not None
-        checks = []
-        work = list(zip(self.looked, fitted.layers, strict=True))
-        for one, layer in self.progress(work, f"checking, {fitted.metric}"):
-            for candidate in points_to_check(layer.candidates, layer.macs):
+        checks: list[Check] = []
+        points = [points_to_check(layer.candidates, layer.macs) for layer in fitted.layers]
+        count = max(1, sum(map(len, points)))
+        judge = self.calibration.judge.first(max(1, self.calibration.passes // count))
+        work = list(zip(self.looked, fitted.layers, points, strict=True))
+        for one, layer, candidates in self.progress(work, f"checking, {fitted.metric}"):
+            for candidate in candidates:
                 form = fitted.families[layer.name, candidate.method].build(candidate.rank)
-                measured = self.calibration.judge.divergence({one.module: form})
+                measured = judge.divergence({one.module: form})
                 checks.append(
                     Check(layer.name, candidate.method, candidate.rank, candidate.loss, measured)
                 )

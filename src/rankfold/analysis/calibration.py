@@ -11,7 +11,7 @@ from torch import nn
 from rankfold.analysis.curvature import Curvature, Identity, Labels, Outputs, Softmax
 from rankfold.analysis.divergence import Judge
 from rankfold.analysis.statistics import Statistics, gather
-from rankfold.batches import Data, Forward, check_data, device_of, first_batches, tensors_of
+from rankfold.batches import Data, Forward, all_finite, check_data, device_of, first_batches
 from rankfold.errors import CalibrationError
 from rankfold.layers import Dense, Recurrent, Transposed
 from rankfold.progress import Progress
@@ -22,6 +22,7 @@ class Calibration:
     statistics: Mapping[str, Statistics]  # by layer
     judge: Judge
     curvatures: tuple[str, ...]  # that were gathered for at least one layer
+    passes: int  # through the network, forward or backward, that gathering took
 
 
 def calibrate(
@@ -59,7 +60,7 @@ def calibrate(
     statistics = gather(model, layers, work, forward, curvatures, expected=count, seed=seed)
     gathered = {name for one in statistics.values() for name in one.gradients}
     names = tuple(curvature.name for curvature in curvatures if curvature.name in gathered)
-    return Calibration(statistics, judge, names)
+    return Calibration(statistics, judge, names, count * (1 + len(curvatures)))
 
 
 def _split(data: Data, batches: int, held_out: int) -> tuple[int, int]:
@@ -76,6 +77,6 @@ def _split(data: Data, batches: int, held_out: int) -> tuple[int, int]:
 
 def _finite(batches: Iterator[Any]) -> Iterator[Any]:
     for index, batch in enumerate(batches):
-        if not all(torch.isfinite(tensor).all() for tensor in tensors_of(batch)):
+        if not all_finite(batch):
             raise CalibrationError(f"batch {index} of the data holds NaN or infinity")
         yield batch

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from rankfold.analysis.curvature import Outputs, classes_last, first_tensor, kin
 from rankfold.batches import Forward, batch_size, run_or_explain, running, tensors_of
 from rankfold.errors import CalibrationError
 from rankfold.replacement import swapped
+
+# So many, if there are, tell how far two networks are from each other.
+_OUTPUTS = 64
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,23 @@ class Judge:
         if not any(tensor.numel() for target in targets for tensor in tensors_of(target)):
             raise CalibrationError("the outputs of the model hold no tensor of real numbers")
         return Judge(model, forward, batches, targets, kind or kind_of(targets[0]))
+
+    def first(self, batches: int) -> "Judge":
+        """Of so many of the batches, or of more where the outputs of those are too few to judge by.
+
+        A sample's logits are one output, or one at each position; of values every one counts.
+        """
+        seen = count = 0
+        for target in self.targets:
+            if count >= batches and seen >= _OUTPUTS:
+                break
+            count += 1
+            if self.kind == "logits":
+                logits = classes_last(first_tensor(target))
+                seen += logits.numel() // logits.shape[-1]
+            else:
+                seen += sum(tensor.numel() for tensor in tensors_of(target))
+        return replace(self, batches=self.batches[:count], targets=self.targets[:count])
 
     def divergence(self, replacements: Mapping[nn.Module, nn.Module]) -> float:
         """Of the model with some layers replaced for the while, from the model as it is."""

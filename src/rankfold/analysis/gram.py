@@ -18,5 +18,5 @@ def add_gram(total: torch.Tensor | None, rows: torch.Tensor, share: float) -> to
     if greatest == 0:
         return total
     for part in (rows / greatest).split(_ROWS, dim=-2):
-        total += share * greatest**2 * (part.mT @ part).double()
+        total.add_(part.mT @ part, alpha=share * greatest**2)
     return total

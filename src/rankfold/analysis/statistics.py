@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rankfold.analysis.curvature import Curvature
 from rankfold.analysis.gram import add_gram
 from rankfold.analysis.unrolled import run_unrolled
-from rankfold.batches import Forward, batch_size, run_or_explain, running
+from rankfold.batches import Forward, all_finite, batch_size, run_or_explain, running
 from rankfold.errors import CalibrationError
 from rankfold.layers import (
     RECURRENT,
@@ -240,7 +240,7 @@ class _Watcher:
         self.sums[name][block].add_gradients(self.curvature, rows, len(rows))
 
     def _check(self, tensor: torch.Tensor, who: str, what: str) -> None:
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise CalibrationError(f"{who} {what}NaN or infinity on batch {self.batch}")
 
     def _input_rows(self, layer: Dense | Transposed, given: torch.Tensor) -> torch.Tensor:

@@ -15,12 +15,12 @@ from rankfold.analysis.readers import Readers
 from rankfold.batches import (
     Data,
     Forward,
+    all_finite,
     batch_size,
     device_of,
     first_batches,
     run_or_explain,
     running,
-    tensors_of,
 )
 from rankfold.cost import count_macs
 from rankfold.errors import CalibrationError, ModelError
@@ -69,7 +69,7 @@ def survey(
         given = given.data if isinstance(given, PackedSequence) else given
         if current == 0 and isinstance(given, torch.Tensor):
             shapes.setdefault(module, []).append(tuple(given.shape))
-        if not all(torch.isfinite(tensor).all() for tensor in tensors_of(output)):
+        if not all_finite(output):
             raise CalibrationError(
                 f"layer '{names[module]}' ({type(module).__name__}) gives NaN or infinity on "
                 f"batch {current}"
@@ -96,7 +96,7 @@ def survey(
             found = first_batches(data, batches, device_of(model))
             for index, batch in enumerate(progress(found, "calibrating")):
                 current = index
-                if not all(torch.isfinite(tensor).all() for tensor in tensors_of(batch)):
+                if not all_finite(batch):
                     raise CalibrationError(f"batch {index} of the data holds NaN or infinity")
                 if index == 0:
                     size = batch_size(batch)

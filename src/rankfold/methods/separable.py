@@ -169,10 +169,9 @@ def separate(layer: Convolution, moments: Moments) -> Separated:
     weight = working_precision(split_kernel(layer)).double()
     outputs, inputs, vertical, horizontal = weight.shape
     matrix = weight.permute(1, 2, 0, 3).reshape(inputs * vertical, -1)
-    gradients = moments.gradients
-    if gradients is not None:
-        gradients = torch.kron(gradients, torch.eye(horizontal).to(gradients))
-    left, right, squares = _truncations(matrix, _column_moment(weight, moments), gradients)
+    rows = _column_moment(weight, moments)
+    columns = None if moments.gradients is None else _Moment(moments.gradients)
+    left, right, squares = _truncations(matrix, rows, columns)
     return Separated(
         weight,
         left.mT.reshape(-1, inputs, vertical),
@@ -182,20 +181,43 @@ def separate(layer: Convolution, moments: Moments) -> Separated:
     )
 
 
-def _column_moment(weight: torch.Tensor, moments: Moments) -> torch.Tensor | None:
+@dataclass(frozen=True)
+class _Moment:
+    """A moment of channels that is the same at all places: its Kronecker product with 1."""
+
+    channels: torch.Tensor  # (n, n)
+
+    def __matmul__(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Of a matrix (n * places, columns)."""
+        by_channel = matrix.reshape(len(self.channels), -1)
+        return (self.channels @ by_channel).reshape(matrix.shape)
+
+    def solve(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The x, (rows, n * places), of x times the moment = matrix."""
+        by_place = matrix.reshape(len(matrix), len(self.channels), -1).mT
+        found = solve(self.channels, by_place.flatten(0, 1))
+        return found.reshape(by_place.shape).mT.reshape(matrix.shape)
+
+    def roots(self) -> "tuple[_Moment, _Moment]":
+        """The square root and its inverse."""
+        found = symmetric_roots(self.channels, _FLOOR)
+        return _Moment(found.root), _Moment(found.inverse_root)
+
+
+def _column_moment(weight: torch.Tensor, moments: Moments) -> _Moment | None:
     """That of the inputs in a column of a patch, (in * vertical) squared: the mean over columns."""
     _, inputs, vertical, horizontal = weight.shape
     known = moments.inputs
     if known is None:
         return None
     if len(known) == inputs:
-        return torch.kron(known, torch.eye(vertical).to(known))
+        return _Moment(known)
     split = known.reshape(inputs * vertical, horizontal, inputs * vertical, horizontal)
-    return split.diagonal(dim1=1, dim2=3).mean(-1)
+    return _Moment(split.diagonal(dim1=1, dim2=3).mean(-1))
 
 
 def _truncations(
-    matrix: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None
+    matrix: torch.Tensor, rows: _Moment | None, columns: _Moment | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Left (rows, full rank), right (full rank, columns), squared singular values, in a metric.
 
@@ -215,14 +237,14 @@ def _truncations(
 
 
 def _by_rows(
-    matrix: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None
+    matrix: torch.Tensor, rows: _Moment | None, columns: _Moment | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same of a matrix with no more rows than columns."""
-    roots = None if rows is None else symmetric_roots(rows, _FLOOR)
-    turned = matrix if roots is None else roots.root @ matrix
-    seen = turned if columns is None else turned @ columns
-    squares, u = leading_eigenvectors(_symmetric(seen @ turned.mT))
-    return u if roots is None else roots.inverse_root @ u, u.mT @ turned, squares
+    roots = None if rows is None else rows.roots()
+    turned = matrix if roots is None else roots[0] @ matrix
+    seen = turned.mT if columns is None else columns @ turned.mT
+    squares, u = leading_eigenvectors(_symmetric(turned @ seen))
+    return u if roots is None else roots[1] @ u, u.mT @ turned, squares
 
 
 def squared_errors(separated: Separated) -> torch.Tensor:
@@ -276,7 +298,7 @@ def better_vertical(
     def precondition(residual: torch.Tensor) -> torch.Tensor:
         halfway = residual.flatten(1)
         if columns is not None:
-            halfway = solve(columns, halfway)
+            halfway = columns.solve(halfway)
         return solve(_symmetric(gram), halfway.mT).mT.reshape(residual.shape)
 
     def product(vertical: torch.Tensor) -> torch.Tensor:
