@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rankfold.batches import (
+    all_finite,
     batch_size,
     device_of,
     first_batches,
@@ -141,3 +142,13 @@ def test_errors_of_the_model_name_the_batch() -> None:
 def test_device_of() -> None:
     assert device_of(nn.Linear(2, 2, device="meta")).type == "meta"
     assert device_of(nn.ReLU()) == CPU
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_not_finite_is_found(dtype, bad) -> None:
+    tensor = torch.linspace(-1, 1, 12, dtype=dtype).reshape(3, 4)
+    nested = {"ids": torch.tensor([1, 2]), "values": [torch.empty(0), (tensor,)]}
+    assert all_finite(nested)
+    tensor[1, 2] = bad
+    assert not all_finite(nested)

@@ -139,3 +139,25 @@ def test_a_layer_asked_for_by_name_must_be_possible() -> None:
 def test_the_same_network_gives_the_same_plan(analysis) -> None:
     again = rankfold.analyze(make_model(), make_data())
     assert again.plan(macs=0.4) == analysis.plan(macs=0.4)
+
+
+def test_in_a_deep_network_not_every_layer_is_checked() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(10)))
+    data = [torch.randn(64, 24) for _ in range(2)]
+    checked = rankfold.analyze(model, data, metric="fisher", outputs="values")
+    # One batch that went forward and backward allows for four times as many checks.
+    assert len(checked.checks) == 8
+    alone = rankfold.analyze(model, data, metric="fisher", outputs="values", check=False)
+    assert not alone.checks
+    layers = {check.layer for check in checked.checks}
+    factors = {
+        after.loss / before.loss
+        for ours, theirs in zip(checked.layers, alone.layers, strict=True)
+        for after, before in zip(ours.candidates, theirs.candidates, strict=True)
+        if ours.name not in layers
+    }
+    ratios = [check.measured / check.predicted for check in checked.checks]
+    assert len(layers) < 10
+    assert min(factors) == pytest.approx(max(factors))
+    assert min(ratios) <= min(factors) <= max(ratios)

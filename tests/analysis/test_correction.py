@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankfold.analysis.candidates import Candidate
-from rankfold.analysis.correction import SHARES, Check, agreement, corrected, points_to_check
+from rankfold.analysis.correction import (
+    SHARES,
+    Check,
+    agreement,
+    corrected,
+    points_to_check,
+    spread,
+    typical_factor,
+)
 
 losses = st.floats(1e-9, 1e3)
 costs = st.integers(1, 1000)
@@ -140,3 +148,23 @@ def test_agreement_is_one_for_the_same_order_and_minus_one_for_its_opposite() ->
     # Of three, one exchange of neighbours: 1 - 6 · 2 / (3 · 8).
     assert agreement(checks((1, 1), (2, 3), (3, 2))) == pytest.approx(0.5)
     assert math.isnan(agreement(checks((1, 1), (2, 2)))) and math.isnan(agreement([]))
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(0, 60))
+def test_points_are_left_out_evenly(counts, most) -> None:
+    points = [line(*(0.1 * (1 + at) for at in range(count))) for count in counts]
+    found = spread(points, most)
+    assert sum(map(len, found)) == min(most, sum(counts))
+    for kept, all_of_it in zip(found, points, strict=True):
+        assert [one for one in all_of_it if one in kept] == kept
+    if set(counts) == {2} and most >= len(counts):
+        assert all(found)
+
+
+def test_a_layer_without_checks_is_corrected_by_the_typical_factor() -> None:
+    candidates = line(0.4, 0.2)
+    checks = [check_of(line(1.0)[0], measured) for measured in (2.0, 3.0, 50.0, math.inf)]
+    assert typical_factor(checks) == pytest.approx(3)
+    assert typical_factor([]) == 1
+    found = corrected(candidates, [], typical_factor(checks))
+    assert [one.loss for one in found] == pytest.approx([1.2, 0.6])

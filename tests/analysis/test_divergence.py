@@ -147,6 +147,25 @@ def test_a_larger_change_is_a_larger_divergence() -> None:
         assert 0 < found[0] < found[1] < found[2] < math.inf
 
 
+@pytest.mark.parametrize(
+    ("shape", "kind", "batches", "expected"),
+    [
+        ((32, 3), "logits", 1, 2),  # 32 outputs a batch, 64 are needed
+        ((32, 3), "logits", 3, 3),
+        ((32, 3), "values", 0, 1),  # 96 numbers
+        ((2, 3), "logits", 1, 4),  # never enough
+        ((2, 40, 3), "logits", 1, 1),  # 80 positions
+    ],
+)
+def test_the_first_batches_are_so_many_that_one_can_judge_by_them(
+    shape, kind, batches, expected
+) -> None:
+    judge = Judge.of(nn.Linear(3, 3), run, [torch.randn(shape) for _ in range(4)], kind)
+    found = judge.first(batches)
+    assert len(found.batches) == len(found.targets) == expected
+    assert all(ours is theirs for ours, theirs in zip(found.targets, judge.targets, strict=False))
+
+
 def test_several_replacements_act_together() -> None:
     model = make_model()
     judge = Judge.of(model, run, make_data()[:2], "values")

@@ -13,7 +13,13 @@ from torch import nn
 from rankfold.analysis.analysis import Analysis, Trial
 from rankfold.analysis.calibration import Calibration, calibrate
 from rankfold.analysis.candidates import AnalysedLayer, Candidate, Counts, below_break_even, grid_of
-from rankfold.analysis.correction import Check, corrected, points_to_check
+from rankfold.analysis.correction import (
+    Check,
+    corrected,
+    points_to_check,
+    spread,
+    typical_factor,
+)
 from rankfold.analysis.curvature import Outputs
 from rankfold.analysis.metrics import (
     DAMPING,
@@ -49,6 +55,8 @@ _TRIALS = (0.5, 0.25)
 _FINALISTS = 2
 # Unless the second's mean logarithm of the measured divergence is greater by this.
 _CLEARLY_WORSE = 0.3
+# All checks together take so many times the passes of gathering at most.
+_CHECK_PASSES = 4
 
 
 def analyze(
@@ -265,11 +273,14 @@ class _Workbench:
     def correct(self, fitted: _Fitted) -> tuple[_Fitted, list[Check]]:
         """With losses that agree with what the checks measure."""
         checks = self._check(fitted)
+        typical = typical_factor(checks)
         layers = [
             replace(
                 layer,
                 candidates=tuple(
-                    corrected(layer.candidates, [c for c in checks if c.layer == layer.name])
+                    corrected(
+                        layer.candidates, [c for c in checks if c.layer == layer.name], typical
+                    )
                 ),
             )
             for layer in fitted.layers
@@ -328,13 +339,15 @@ class _Workbench:
     def _check(self, fitted: _Fitted) -> list[Check]:
         """A few candidates of each layer in its place, the other layers as they are.
 
-        On as many batches as let all checks together take no more passes than gathering did.
+        On as many batches as let all checks together take no more passes than gathering did; a
+        batch each is the least, and where that were many times more, so many points are left out.
         """
         assert self.calibration is not None
         checks: list[Check] = []
         points = [points_to_check(layer.candidates, layer.macs) for layer in fitted.layers]
-        count = max(1, sum(map(len, points)))
-        judge = self.calibration.judge.first(max(1, self.calibration.passes // count))
+        passes = self.calibration.passes
+        points = spread(points, _CHECK_PASSES * passes)
+        judge = self.calibration.judge.first(passes // max(1, sum(map(len, points))))
         work = list(zip(self.looked, fitted.layers, points, strict=True))
         for one, layer, candidates in self.progress(work, f"checking, {fitted.metric}"):
             for candidate in candidates:

@@ -43,19 +43,44 @@ def points_to_check(candidates: Sequence[Candidate], macs: int) -> list[Candidat
     return list(dict.fromkeys(found))
 
 
-def corrected(candidates: Sequence[Candidate], checks: Sequence[Check]) -> list[Candidate]:
-    """The candidates of one layer with losses that agree with what was measured.
+def spread(points: Sequence[Sequence[Candidate]], most: int) -> list[list[Candidate]]:
+    """Of the points of all layers so many at most, evenly: rather one of each than all of some."""
+    every = [(layer, point) for layer, found in enumerate(points) for point in found]
+    count = min(most, len(every))
+    kept: list[list[Candidate]] = [[] for _ in points]
+    for index in range(count):
+        layer, point = every[index * len(every) // count]
+        kept[layer].append(point)
+    return kept
 
-    Between the checked points the logarithm of the loss is interpolated, beyond them it keeps the
-    nearest one's factor: a map that never turns the order of two candidates round.
-    """
-    points = sorted(
+
+def typical_factor(checks: Sequence[Check]) -> float:
+    """The median of measured over predicted; 1 without checks."""
+    found = [measured - predicted for predicted, measured in _logarithms(checks)]
+    return math.exp(float(np.median(found))) if found else 1.0
+
+
+def _logarithms(checks: Sequence[Check]) -> list[tuple[float, float]]:
+    """Of predicted and measured, where that is finite, ascending."""
+    return sorted(
         (math.log(max(check.predicted, _LEAST)), math.log(max(check.measured, _LEAST)))
         for check in checks
         if math.isfinite(check.measured)
     )
+
+
+def corrected(
+    candidates: Sequence[Candidate], checks: Sequence[Check], typical: float = 1.0
+) -> list[Candidate]:
+    """The candidates of one layer with losses that agree with what was measured.
+
+    Between the checked points the logarithm of the loss is interpolated, beyond them it keeps the
+    nearest one's factor: a map that never turns the order of two candidates round. Without points
+    the factor is the `typical` one.
+    """
+    points = _logarithms(checks)
     if not points:
-        return list(candidates)
+        return [replace(candidate, loss=typical * candidate.loss) for candidate in candidates]
     known, true = np.array(points).T
     true = np.maximum.accumulate(true)
     logs = np.log([max(candidate.loss, _LEAST) for candidate in candidates])

@@ -45,7 +45,7 @@ class Judge:
         """
         seen = count = 0
         for target in self.targets:
-            if count >= batches and seen >= _OUTPUTS:
+            if count >= max(1, batches) and seen >= _OUTPUTS:
                 break
             count += 1
             if self.kind == "logits":
