@@ -13,7 +13,7 @@ function of the user's, `forward(model, batch) -> output`, which replaces the ru
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -151,6 +151,30 @@ def first_batches(data: Data, count: int | None, device: torch.device) -> Iterat
         yield to_device(batch, device)
     if empty:
         raise CalibrationError("the data yields no batch")
+
+
+def held_out_first(data: Data, batches: int, held_out: int) -> tuple[Data, int, int]:
+    """The batches to look at, those held out before the others, and how many there are of each.
+
+    Of a sequence they come from all over it, in case it is sorted; of other data they are the
+    first. Of data with fewer than were asked for, a fifth is held out; of a single batch nothing.
+    Raises CalibrationError as `check_data` does.
+    """
+    check_data(data)
+    most = batches + held_out
+    there = len(data) if isinstance(data, Sized) else sum(1 for _ in itertools.islice(data, most))
+    there = min(there, most)
+    if there < 2:
+        return data, 0, 1
+    kept = min(held_out, max(1, there // 5))
+    count = min(batches, there - kept)
+    if not isinstance(data, Sequence):
+        return data, kept, count
+    total = kept + count
+    chosen = [index * len(data) // total for index in range(total)]
+    held = {chosen[(2 * index + 1) * total // (2 * kept)] for index in range(kept)}
+    order = [*sorted(held), *(index for index in chosen if index not in held)]
+    return [data[index] for index in order], kept, count
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -25,6 +25,7 @@ from rankfold.batches import (
     all_finite,
     device_of,
     first_batches,
+    held_out_first,
     run,
     run_or_explain,
     running,
@@ -79,16 +80,16 @@ def refit(
 ) -> Refit:
     """Refit the last factor, and its bias, of the named factorized layers of `model`, in place.
 
-    `teacher` is the original, `data` unlabelled batches, of which the first `held_out` judge (of
-    few, a fifth; one alone serves for both). A layer whose refit brings the outputs no nearer to
+    `teacher` is the original, `data` unlabelled batches, of which `held_out` judge (of few, a
+    fifth; one alone serves for both) and so many `batches` are fitted to. A layer whose refit brings the outputs no nearer to
     the teacher's there stays as it was, so the divergence never grows. With `through_relu` layers
     that a ReLU follows, after a batch norm or not, are fitted through it. Layers whose form does
     not end in a linear layer or a convolution of one place are passed over. Raises CalibrationError
     for data that yields nothing, ModelError for a model that does not run or lacks a layer.
     """
-    found = list(first_batches(data, batches + held_out, device_of(model)))
-    kept = min(held_out, max(1, len(found) // 5))
-    held, used = (found, found) if len(found) == 1 else (found[:kept], found[kept:])
+    ordered, kept, count = held_out_first(data, batches, held_out)
+    found = list(first_batches(ordered, kept + count, device_of(model)))
+    held, used = found[:kept] or found, found[kept:]
     places = _places(model, teacher, layers)
     calls = _calls(model, {name: last for name, (last, _) in places.items()}, used[0], forward)
     relus = _read_by_relu(teacher, layers, used[0], forward) if through_relu else {}

@@ -49,12 +49,14 @@ from rankfold.methods import (
 from rankfold.progress import Progress, silent
 from rankfold.runtime import Runtime, check_runtime
 
-# Budgets of MACs at which the metrics compete.
+# Shares of the MACs of the layers that can be factorized at which the metrics compete.
 _TRIALS = (0.5, 0.25)
 # Of the metrics that compete, so many are tried again with corrected losses.
 _FINALISTS = 2
 # Unless the second's mean logarithm of the measured divergence is greater by this.
 _CLEARLY_WORSE = 0.3
+# Means of two plans that differ by less are taken for equal.
+_NOISE = 0.1
 # All checks together take so many times the passes of gathering at most.
 _CHECK_PASSES = 4
 
@@ -81,13 +83,14 @@ def analyze(
 ) -> Analysis:
     """Look at every layer of a trained network: what it costs, and what could replace it.
 
-    Runs the model in eval mode, on its own device, on the first batches of `data` (see
-    `rankfold.batches` for what a batch is): `held_out` of them are kept to check predictions on,
-    the next `batches` give the moments of the inputs and of the gradients. Of data with fewer, a
-    fifth is held out; a single batch serves for both. `layers` are names or shell-style patterns of
-    the layers to consider; a name without a wildcard must be one that can be factorized. `methods`
-    are names of `METHODS`, or methods themselves, in the order in which a rule prefers them; "all"
-    for all of them, which takes longer; by default `DEFAULT_METHODS`. The model is left as it was.
+    Runs the model in eval mode, on its own device, on batches of `data` (see `rankfold.batches` for
+    what a batch is), from all over a sequence or else the first: `held_out` of them are kept to
+    check predictions on, `batches` give the moments of the inputs and of the gradients. Of data
+    with fewer, a fifth is held out; a single batch serves for both. Costs are those of the first.
+    `layers` are names or shell-style patterns of the layers to consider; a name without a wildcard
+    must be one that can be factorized. `methods` are names of `METHODS`, or methods themselves, in
+    the order in which a rule prefers them; "all" for all of them, which takes longer; by default
+    `DEFAULT_METHODS`. The model is left as it was.
 
     `metric` says what an error of a weight costs (`rankfold.analysis.metrics` has the names). For
     "auto" the network is factorized at two budgets in each that competes, and the one whose outputs
@@ -96,7 +99,7 @@ def analyze(
     `temperatures`) or "values" (all outputs count the same); `outputs=None` goes by how they look.
     With `loss_fn(output, label)` the gradients are those of the data's labels. The losses of all
     candidates are then corrected by the divergence that is measured when layers are replaced one by
-    one (`check`), unless plans become worse by it. "weight" needs no such data and corrects
+    one (`check`), unless plans become clearly worse by it. "weight" needs no such data and corrects
     nothing. With `timed`, layers and what could replace them are timed in the `runtime` on the
     shapes of the first batch (see `with_timings`).
 
@@ -307,7 +310,8 @@ class _Workbench:
             corrected_fit, checks = self.correct(fitted)
             tried = self._try(corrected_fit)
             trials += [replace(trial, metric=f"{fitted.metric}, corrected") for trial in tried]
-            finals += [(score, fitted, checks), (_score(tried), corrected_fit, checks)]
+            # What each layer alone was measured to lose says more than two plans within noise.
+            finals += [(score + _NOISE, fitted, checks), (_score(tried), corrected_fit, checks)]
         _, best, checks = min(finals, key=lambda final: final[0])
         return best, checks, trials
 
@@ -316,8 +320,9 @@ class _Workbench:
         assert self.calibration is not None
         found = []
         modules = {one.layer.name: one.module for one in self.looked}
+        able = sum(layer.macs for layer in fitted.layers if layer.candidates)
         for share in _TRIALS:
-            budget = share
+            budget = 1 - (1 - share) * able / self.macs
             try:
                 choices = self._choose(fitted, budget)
             except BudgetError as error:

@@ -1,7 +1,7 @@
 """What a few batches say of a network: moments of its layers, and a judge of its outputs."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from rankfold.analysis.curvature import Curvature, Identity, Labels, Outputs, Softmax
 from rankfold.analysis.divergence import Judge
 from rankfold.analysis.statistics import Statistics, gather
-from rankfold.batches import Data, Forward, all_finite, check_data, device_of, first_batches
+from rankfold.batches import Data, Forward, all_finite, device_of, first_batches, held_out_first
 from rankfold.errors import CalibrationError
 from rankfold.layers import Dense, Recurrent, Transposed
 from rankfold.progress import Progress
@@ -39,13 +39,14 @@ def calibrate(
     seed: int,
     progress: Progress,
 ) -> Calibration:
-    """Go once through the first batches of the data: those held out first, then the others.
+    """Go once through batches of the data: those held out first, then the others.
 
-    Raises CalibrationError for data that yields nothing, or batches, activations or gradients that
-    are not finite; ModelError for a model that does not run.
+    Of a sequence they come from all over it, of other data they are the first. Raises
+    CalibrationError for data that yields nothing, or batches, activations or gradients that are not
+    finite; ModelError for a model that does not run.
     """
-    kept, count = _split(data, batches, held_out)
-    stream = _finite(first_batches(data, kept + count, device_of(model)))
+    ordered, kept, count = held_out_first(data, batches, held_out)
+    stream = _finite(first_batches(ordered, kept + count, device_of(model)))
     held = list(itertools.islice(stream, kept))
     if kept == 0:  # a single batch serves for both
         held = list(stream)
@@ -61,18 +62,6 @@ def calibrate(
     gathered = {name for one in statistics.values() for name in one.gradients}
     names = tuple(curvature.name for curvature in curvatures if curvature.name in gathered)
     return Calibration(statistics, judge, names, count * (1 + len(curvatures)))
-
-
-def _split(data: Data, batches: int, held_out: int) -> tuple[int, int]:
-    """How many batches to hold out, and how many to calibrate on."""
-    check_data(data)
-    most = batches + held_out
-    there = len(data) if isinstance(data, Sized) else sum(1 for _ in itertools.islice(data, most))
-    there = min(there, most)
-    if there < 2:
-        return 0, 1
-    kept = min(held_out, max(1, there // 5))
-    return kept, min(batches, there - kept)
 
 
 def _finite(batches: Iterator[Any]) -> Iterator[Any]:
