@@ -81,11 +81,12 @@ def refit(
     """Refit the last factor, and its bias, of the named factorized layers of `model`, in place.
 
     `teacher` is the original, `data` unlabelled batches, of which `held_out` judge (of few, a
-    fifth; one alone serves for both) and so many `batches` are fitted to. A layer whose refit brings the outputs no nearer to
-    the teacher's there stays as it was, so the divergence never grows. With `through_relu` layers
-    that a ReLU follows, after a batch norm or not, are fitted through it. Layers whose form does
-    not end in a linear layer or a convolution of one place are passed over. Raises CalibrationError
-    for data that yields nothing, ModelError for a model that does not run or lacks a layer.
+    fifth; one alone serves for both) and so many `batches` are fitted to. A layer whose refit
+    brings the outputs no nearer to the teacher's there stays as it was, so the divergence never
+    grows. With `through_relu` layers that a ReLU follows, after a batch norm or not, are fitted
+    through it. Layers whose form does not end in a linear layer or a convolution of one place are
+    passed over. Raises CalibrationError for data that yields nothing, ModelError for a model that
+    does not run or lacks a layer.
     """
     ordered, kept, count = held_out_first(data, batches, held_out)
     found = list(first_batches(ordered, kept + count, device_of(model)))
