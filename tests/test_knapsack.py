@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankfold.errors import BudgetError
-from rankfold.knapsack import choose, choose_least_greatest, undominated
+from rankfold.knapsack import choose, choose_by_solver, choose_least_greatest, undominated
 
 candidate = st.tuples(st.floats(0, 1), st.integers(1, 50), st.integers(1, 50))
 groups = st.lists(st.lists(candidate, min_size=1, max_size=6), min_size=1, max_size=5)
@@ -195,9 +195,8 @@ def test_the_greatest_loss_within_a_budget_of_nothing() -> None:
     assert choose_least_greatest(*choices, [0.0]) == [1]
 
 
-@pytest.mark.parametrize("integers", [True, False])
-def test_many_layers_of_one_shape_are_planned_as_by_the_solver(integers) -> None:
-    """One budget goes by dynamic programming, with a second that does not bind by HiGHS."""
+def of_one_shape(integers: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Twelve layers with losses of their own, and costs that are alike or the same."""
     rng = np.random.default_rng(int(integers))
     losses, costs = [], []
     for _ in range(12):
@@ -205,14 +204,27 @@ def test_many_layers_of_one_shape_are_planned_as_by_the_solver(integers) -> None
         cost = ranks * (768 if integers else rng.uniform(700, 800))
         losses.append(np.append(rng.random() * np.exp(-ranks / rng.uniform(20, 60)), 0.0))
         costs.append(np.append(cost, 80_000.0)[:, None])
-    for share in (0.3, 0.55, 0.8):
-        limit = share * 12 * 80_000
-        ours = choose(losses, costs, [limit])
-        both = [np.column_stack([cost, np.ones(len(cost))]) for cost in costs]
-        theirs = choose(losses, both, [limit, 100.0])
-        found, best = (
-            sum(loss[pick] for loss, pick in zip(losses, picks, strict=True))
-            for picks in (ours, theirs)
-        )
-        assert sum(cost[pick, 0] for cost, pick in zip(costs, ours, strict=True)) <= limit
-        assert found == pytest.approx(best, rel=1e-8)
+    return losses, costs
+
+
+def total(values, picks) -> float:
+    return sum(value[pick] for value, pick in zip(values, picks, strict=True))
+
+
+@pytest.mark.parametrize("integers", [True, False])
+@pytest.mark.parametrize("share", [0.3, 0.55, 0.8])
+def test_many_layers_of_one_shape_are_planned_as_by_the_solver(integers, share) -> None:
+    losses, costs = of_one_shape(integers)
+    limit = share * 12 * 80_000
+    ours, theirs = (solve(losses, costs, [limit]) for solve in (choose, choose_by_solver))
+    assert total(costs, ours) <= limit
+    assert total(losses, ours) == pytest.approx(total(losses, theirs), rel=1e-8)
+
+
+def test_a_budget_that_implies_the_other_decides_alone() -> None:
+    losses, costs = of_one_shape(integers=True)
+    limit = 0.5 * 12 * 80_000
+    both = [np.column_stack([128 * cost, cost]) for cost in costs]
+    alone = total(losses, choose(losses, costs, [limit]))
+    for limits in ([128 * limit, 1.1 * limit], [140 * limit, limit]):
+        assert total(losses, choose(losses, both, limits)) == pytest.approx(alone, rel=1e-8)

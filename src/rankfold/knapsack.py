@@ -25,17 +25,26 @@ def choose(
 
     `losses[g]` is (candidates of g,), `costs[g]` (candidates of g, budgets), `limits` (budgets,).
     Minimises the sum of losses subject to the sum of costs <= limits in every budget, to the
-    optimum (relative gap 1e-9): of one budget by dynamic programming, of several by HiGHS. Raises
-    BudgetError if the limits cannot be met.
+    optimum (relative gap 1e-9): by dynamic programming where one budget decides, else by HiGHS.
+    Raises BudgetError if the limits cannot be met.
     """
     if not losses:
         return []
     limit = np.asarray(limits, dtype=np.float64)
-    if len(limit) == 1:
-        columns = [np.asarray(cost, dtype=np.float64)[:, 0] for cost in costs]
-        found = _choose_by_states(losses, columns, float(limit[0]))
-        if found is not None:
+    # What is best within one limit and happens to keep the others is best within all.
+    for budget in range(len(limit)):
+        columns = [np.asarray(cost, dtype=np.float64)[:, budget] for cost in costs]
+        found = _choose_by_states(losses, columns, float(limit[budget]))
+        if found is not None and (_spent(costs, found) <= limit).all():
             return found
+    return choose_by_solver(losses, costs, limits)
+
+
+def choose_by_solver(
+    losses: Sequence[np.ndarray], costs: Sequence[np.ndarray], limits: Sequence[float]
+) -> list[int]:
+    """What `choose` does, by HiGHS."""
+    limit = np.asarray(limits, dtype=np.float64)
     unit = np.where(limit > 0, limit, 1.0) / _UNIT
     scaled = [np.asarray(cost, dtype=np.float64) / unit for cost in costs]
     kept = [undominated(loss, cost) for loss, cost in zip(losses, scaled, strict=True)]
@@ -63,17 +72,18 @@ def choose(
             raise RankfoldError(f"the solver stopped without a plan: {solution.message}")
         picked = [int(solution.x[group == g].argmax()) for g in range(len(kept))]
         chosen = [int(indices[pick]) for indices, pick in zip(kept, picked, strict=True)]
-        spent = sum(
-            (np.asarray(costs[g][index], dtype=np.float64) for g, index in enumerate(chosen)),
-            np.zeros(len(limit)),
-        )
-        if (spent <= limit).all():
+        if (_spent(costs, chosen) <= limit).all():
             return chosen
         forbidden = np.zeros(len(group))
         for g, pick in enumerate(picked):
             forbidden[np.flatnonzero(group == g)[pick]] = 1
         constraints.append(LinearConstraint(forbidden, -np.inf, len(kept) - 1))
     raise BudgetError("no choice of candidates meets the budget")
+
+
+def _spent(costs: Sequence[np.ndarray], chosen: Sequence[int]) -> np.ndarray:
+    """The cost of a choice in every budget."""
+    return np.sum([np.asarray(c, dtype=float)[i] for c, i in zip(costs, chosen, strict=True)], 0)
 
 
 def _choose_by_states(

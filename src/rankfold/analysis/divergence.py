@@ -49,8 +49,7 @@ class Judge:
                 break
             count += 1
             if self.kind == "logits":
-                logits = classes_last(first_tensor(target))
-                seen += logits.numel() // logits.shape[-1]
+                seen += math.prod(classes_last(first_tensor(target)).shape[:-1])
             else:
                 seen += sum(tensor.numel() for tensor in tensors_of(target))
         return replace(self, batches=self.batches[:count], targets=self.targets[:count])
