@@ -15,13 +15,14 @@ import rankfold as rf
 from rankfold.cost import count_layer_macs, count_parameters
 from rankfold.layers import FixedBasisConvolution
 from rankfold.methods import WEIGHT_METRIC, FixedBasis, Moments
-from rankfold.methods.fixed_basis import basis_functions
+from rankfold.methods.fixed_basis import _haar, _wavelets, basis_functions
 
 LAYERS = [
     (nn.Conv1d(5, 7, 4), "haar"),
     (nn.Conv2d(4, 6, 3), "dct"),
     (nn.Conv2d(4, 6, (4, 2), bias=False), "haar"),
     (nn.Conv3d(3, 5, (2, 3, 2)), "dct"),
+    (nn.Conv2d(4, 6, (2, 4)), "db2"),
 ]
 
 
@@ -33,7 +34,16 @@ def with_weight(layer: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("basis", "lengths"), [("dct", (3, 3)), ("dct", (5,)), ("dct", (2, 3, 4)), ("haar", (4, 8))]
+    ("basis", "lengths"),
+    [
+        ("dct", (3, 3)),
+        ("dct", (5,)),
+        ("dct", (2, 3, 4)),
+        ("haar", (4, 8)),
+        ("db2", (4, 8)),
+        ("sym4", (2, 16)),
+        ("coif1", (8,)),
+    ],
 )
 def test_functions_are_orthonormal_and_start_with_the_mean(basis, lengths) -> None:
     functions = basis_functions(basis, lengths).flatten(1)
@@ -60,6 +70,19 @@ def test_haar_wavelets_by_hand() -> None:
         [0, 0, half, -half],
     ]
     torch.testing.assert_close(basis_functions("haar", (4,)), torch.tensor(expected).double())
+
+
+def test_haar_wavelets_are_those_of_pywavelets_too() -> None:
+    for length in (2, 4, 16):
+        torch.testing.assert_close(_wavelets("haar", length), _haar(length))
+
+
+def test_wavelets_with_two_vanishing_moments_do_not_see_a_slope() -> None:
+    fine = basis_functions("db2", (16,))[8:]
+    slope = torch.arange(16, dtype=torch.float64)
+    unseen = (fine @ slope).abs() < 1e-10
+    assert unseen.sum() == 6  # all but the two that go round
+    assert ((_haar(16)[8:] @ slope).abs() > 0.1).all()
 
 
 @pytest.mark.parametrize(("layer", "basis"), LAYERS, ids=str)
@@ -153,8 +176,17 @@ def test_layers_without_such_a_basis_and_why(layer, basis, words) -> None:
 def test_the_basis_is_a_setting() -> None:
     method = FixedBasis(basis="haar")
     assert FixedBasis(**json.loads(json.dumps(asdict(method)))) == method
-    with pytest.raises(ValueError, match="the bases are dct, haar"):
+    with pytest.raises(ValueError, match="the bases are dct, haar and PyWavelets'"):
         FixedBasis(basis="fourier")
+    with pytest.raises(ValueError, match=r"bior2\.2 is not orthogonal"):
+        FixedBasis(basis="bior2.2")
+
+
+def test_other_wavelets_than_haars_need_pywavelets(monkeypatch) -> None:
+    monkeypatch.setattr("rankfold.methods.fixed_basis.pywt", None)
+    FixedBasis(basis="haar")
+    with pytest.raises(ValueError, match=r"pip install 'rankfold\[wavelets\]'"):
+        FixedBasis(basis="db2")
 
 
 def test_costs_by_hand() -> None:

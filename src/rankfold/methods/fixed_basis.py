@@ -1,17 +1,20 @@
 """Filters that are known beforehand on every input channel; only their mixture is the layer's.
 
 The discrete cosine transform as Ulicny, Krylov, Dahyot: Harmonic networks for image classification
-(BMVC 2019) use it, with the first of its functions by frequency; or Haar wavelets. The mixture has
-a closed form in every metric.
+(BMVC 2019) use it, with the first of its functions by frequency; or orthogonal wavelets, Haar's or
+those that PyWavelets knows (Daubechies: Orthonormal bases of compactly supported wavelets, 1988).
+The mixture has a closed form in every metric.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from itertools import product
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,17 +24,21 @@ from rankfold.methods.method import Rank, Spectrum, check_alignment, why_not_spa
 from rankfold.methods.mixture import best_mixture, errors_by_filter
 from rankfold.methods.moments import Moments
 
-BASES = ("dct", "haar")
+try:
+    import pywt
+except ImportError:  # an extra
+    pywt = None
 
 
 @dataclass(frozen=True)
 class FixedBasis:
     """K[o, i] ≈ Σ_m a[o, i, m] b[m]: depthwise kxk with the first functions b of a basis, 1x1.
 
-    Takes ungrouped convolutions with a kernel larger than 1x1; for "haar" all lengths of the kernel
-    are powers of 2. The rank is the number of functions, from those of the lowest frequency on;
-    every number is a candidate, because the channels keep their alignment. The functions are
-    parameters without a gradient.
+    Takes ungrouped convolutions with a kernel larger than 1x1. `basis` is "dct", "haar", or with
+    PyWavelets (the extra `wavelets`) the name of an orthogonal wavelet, "db2" or "sym4"; for
+    wavelets all lengths of the kernel are powers of 2. The rank is the number of functions, from
+    those of the lowest frequency on; every number is a candidate, because the channels keep their
+    alignment. The functions are parameters without a gradient.
     """
 
     name: ClassVar[str] = "fixed-basis"
@@ -40,16 +47,15 @@ class FixedBasis:
 
     def __post_init__(self) -> None:
         check_alignment(self.alignment)
-        if self.basis not in BASES:
-            raise ValueError(f"the bases are {', '.join(BASES)}, not {self.basis!r:.40}")
+        _check_basis(self.basis)
 
     def why_not(self, layer: nn.Module) -> str | None:
         if (reason := why_not_spatial(layer)) is not None:
             return reason
         lengths = layer.get_parameter("weight").shape[2:]
-        if self.basis == "haar" and any(length & (length - 1) for length in lengths):
+        if self.basis != "dct" and any(length & (length - 1) for length in lengths):
             size = "x".join(map(str, lengths))
-            return f"a kernel of {size}: the basis haar takes lengths that are powers of 2"
+            return f"a kernel of {size}: the basis {self.basis} takes lengths that are powers of 2"
         return None
 
     def fit(self, layer: Convolution, moments: Moments) -> "FixedBasisFamily":
@@ -109,7 +115,8 @@ def basis_functions(basis: str, lengths: Sequence[int]) -> torch.Tensor:
 
     Ordered by frequency, the sum of those along the axes. Float64.
     """
-    along = [_cosines(n) if basis == "dct" else _haar(n) for n in lengths]
+    known = {"dct": _cosines, "haar": _haar}
+    along = [known.get(basis, partial(_wavelets, basis))(n) for n in lengths]
     frequencies = sorted(product(*map(range, lengths)), key=lambda f: (sum(f), f))
     return torch.stack(
         [
@@ -138,3 +145,26 @@ def _haar(length: int) -> torch.Tensor:
         fine = torch.kron(identity, torch.tensor([[1.0, -1.0]], dtype=torch.float64))
         functions = torch.cat([coarse, fine]) / math.sqrt(2)
     return functions
+
+
+def _wavelets(name: str, length: int) -> torch.Tensor:
+    """Likewise those of another orthogonal wavelet, which go round the places."""
+    level = length.bit_length() - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that wavelets go round: they are to
+        bands = pywt.wavedec(np.eye(length), name, mode="periodization", level=level)
+    return torch.from_numpy(np.concatenate(bands, axis=1).T.copy())
+
+
+def _check_basis(basis: str) -> None:
+    if basis in ("dct", "haar"):
+        return
+    if pywt is None:
+        raise ValueError(
+            "the bases are dct, haar, and wavelets where PyWavelets is installed (pip install "
+            f"'rankfold[wavelets]'), not {basis!r:.40}"
+        )
+    if not isinstance(basis, str) or basis not in pywt.wavelist(kind="discrete"):
+        raise ValueError(f"the bases are dct, haar and PyWavelets' wavelets, not {basis!r:.40}")
+    if not pywt.Wavelet(basis).orthogonal:
+        raise ValueError(f"the wavelet {basis} is not orthogonal")
