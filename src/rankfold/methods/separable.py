@@ -183,7 +183,7 @@ def separate(layer: Convolution, moments: Moments) -> Separated:
 
 @dataclass(frozen=True)
 class _Moment:
-    """A moment of channels that is the same at all places: its Kronecker product with 1."""
+    """A moment of channels, the same at all places: its Kronecker product with the identity."""
 
     channels: torch.Tensor  # (n, n)
 
