@@ -203,9 +203,9 @@ CASES = {
     "scene-text": case_scene_text,
 }
 SCORES = {
-    "scene-text": ("words right, %",),
     "fashion-mnist": ("test accuracy, %",),
     "minilm": ("WordSim353", "SimLex999", "Lee50"),
+    "scene-text": ("words right, %",),
 }
 
 

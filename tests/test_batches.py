@@ -3,6 +3,8 @@ from dataclasses import make_dataclass
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from rankfold.batches import (
@@ -10,6 +12,7 @@ from rankfold.batches import (
     batch_size,
     device_of,
     first_batches,
+    held_out_first,
     run,
     run_or_explain,
     running,
@@ -152,3 +155,43 @@ def test_one_number_that_is_not_finite_is_found(dtype, bad) -> None:
     assert all_finite(nested)
     tensor[1, 2] = bad
     assert not all_finite(nested)
+
+
+class Once:
+    """Batches that can be read from the start alone."""
+
+    def __init__(self, batches: list[int]) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def test_of_a_sequence_batches_come_from_all_over_it() -> None:
+    ordered, kept, count = held_out_first(list(range(80)), 8, 2)
+    assert (kept, count) == (2, 8)
+    assert ordered == [16, 56, 0, 8, 24, 32, 40, 48, 64, 72]
+
+
+def test_of_other_data_batches_are_the_first() -> None:
+    data = Once(list(range(80)))
+    assert held_out_first(data, 8, 2) == (data, 2, 8)
+    few = Once(list(range(5)))
+    assert held_out_first(few, 8, 2) == (few, 1, 4)
+
+
+@given(st.integers(2, 60), st.integers(1, 20), st.integers(1, 6))
+def test_of_few_batches_none_is_taken_twice_and_a_fifth_is_held_out(there, batches, held) -> None:
+    ordered, kept, count = held_out_first(list(range(there)), batches, held)
+    looked = min(there, batches + held)
+    assert 1 <= kept <= max(1, looked // 5) and kept <= held
+    assert count == min(batches, looked - kept)
+    assert len(set(ordered)) == len(ordered) == kept + count
+    assert list(ordered[:kept]) == sorted(ordered[:kept])
+    assert list(ordered[kept:]) == sorted(ordered[kept:])
+
+
+def test_a_single_batch_is_not_held_out() -> None:
+    assert held_out_first([1], 8, 2) == ([1], 0, 1)
+    with pytest.raises(CalibrationError, match="only once"):
+        held_out_first(iter([1, 2]), 8, 2)

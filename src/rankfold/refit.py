@@ -80,8 +80,9 @@ def refit(
 ) -> Refit:
     """Refit the last factor, and its bias, of the named factorized layers of `model`, in place.
 
-    `teacher` is the original, `data` unlabelled batches, of which `held_out` judge (of few, a
-    fifth; one alone serves for both) and so many `batches` are fitted to. A layer whose refit
+    `teacher` is the original, `data` unlabelled batches, of which, from all over a sequence,
+    `held_out` judge (of few, a fifth; one alone serves for both) and so many `batches` are fitted
+    to. A layer whose refit
     brings the outputs no nearer to the teacher's there stays as it was, so the divergence never
     grows. With `through_relu` layers that a ReLU follows, after a batch norm or not, are fitted
     through it. Layers whose form does not end in a linear layer or a convolution of one place are

@@ -4,6 +4,7 @@ from networks import make_data, make_model
 from torch import nn
 
 import rankfold
+from rankfold.batches import all_finite
 from rankfold.cost import count_macs, count_parameters
 from rankfold.errors import BudgetError, RankfoldError, UnsupportedLayerError
 from rankfold.methods import DEFAULT_METHODS, LowRank, SeparableBasis
@@ -161,3 +162,57 @@ def test_in_a_deep_network_not_every_layer_is_checked() -> None:
     assert len(layers) < 10
     assert min(factors) == pytest.approx(max(factors))
     assert min(ratios) <= min(factors) <= max(ratios)
+
+
+class Nested(nn.Module):
+    """A network whose outputs lie in a dictionary, with one layer that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_model()
+        self.unused = nn.Linear(64, 64)
+
+    def forward(self, images: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
+        scores = self.inner(images)
+        return {"scores": (scores, scores.sum(-1))}
+
+
+def with_dead_units() -> nn.Module:
+    model = make_model()
+    with torch.no_grad():
+        model.out.weight[:, :40] = 0  # nothing reads these outputs of the head
+        model.body.bias.fill_(-100)  # and the body's never pass the depthwise layer's ReLU
+        model.depthwise.bias.fill_(-100)
+    return model
+
+
+ALIKE = [torch.ones_like(batch) for batch in make_data()]
+HALF = [batch.bfloat16() for batch in make_data()]
+
+
+@pytest.mark.parametrize("metric", ["auto", "fisher", "response", "weight"])
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        pytest.param(make_model(), make_data()[:1], id="one batch"),
+        pytest.param(make_model(), [make_data()[0][:1]], id="one sample"),
+        pytest.param(make_model(), ALIKE, id="constant inputs"),
+        pytest.param(with_dead_units(), make_data(), id="dead units"),
+        pytest.param(Nested(), make_data(), id="nested outputs and a layer never called"),
+        pytest.param(make_model().train(), make_data(), id="train mode"),
+        pytest.param(make_model().bfloat16(), HALF, id="half precision"),
+    ],
+)
+def test_poor_data_and_odd_networks_are_planned_all_the_same(model, data, metric) -> None:
+    training = model.training
+    analysis = rankfold.analyze(model, data, metric=metric)
+    assert model.training == training
+    losses = [candidate.loss for layer in analysis.layers for candidate in layer.candidates]
+    assert losses and all(0 <= loss < float("inf") for loss in losses)
+    plan = analysis.plan(macs=0.5)
+    assert plan.factorized and plan.after.macs <= 0.5 * plan.before.macs
+    small = rankfold.factorize(model, plan).eval()
+    with torch.no_grad():
+        assert all_finite(small(data[0]))
+    (unused,) = [one.reason for one in analysis.layers if one.name == "unused"] or [None]
+    assert unused == ("the forward pass never calls it" if isinstance(model, Nested) else None)
