@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from torch import nn
 import rankfold
 from rankfold.analysis import AnalysedLayer
 from rankfold.analysis.candidates import below_break_even
+from rankfold.analysis.latency import filled
 from rankfold.analysis.survey import survey
 from rankfold.batches import run
 from rankfold.cost import count_parameters
@@ -29,6 +31,8 @@ from rankfold.methods import METHODS, Method, Rank, reduction
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "methods.md"
 SHARES = (0.5, 0.25, 0.12)  # of a layer's MACs
+TIME_SHARES = (0.5, 0.25)  # of its time
+WHOLE, WHOLE_SHARE = "english_g2", 0.25  # the network all of whose convolutions are fitted
 
 
 def demo() -> tuple[nn.Module, list[torch.Tensor]]:
@@ -83,10 +87,64 @@ def compare(
     )
     for layer in heavy[:most]:
         module, shapes = surveyed[layer.name].module, surveyed[layer.name].input_shapes
+        track = Track(module, shapes[0])
         for name in names:
             method = METHODS[name]()
             if reduction.why_not(method, module) is None:
-                yield from try_method(method, layer, module, shapes)
+                yield from try_method(method, layer, module, shapes, track)
+
+
+def fit_all(model: nn.Module, data: list[Any], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The seconds in which each method fits all the convolutions that it takes, at one share."""
+    analysis = rankfold.analyze(
+        model, data, metric="svd-llm", check=False, methods=["svd"], batches=8, held_out=1
+    )
+    surveyed = {layer.name: layer for layer in survey(model, data, run, 1).layers}
+    for name in names:
+        method, seconds, layers = METHODS[name](), 0.0, 0
+        for layer in analysis.layers:
+            module, shapes = surveyed[layer.name].module, surveyed[layer.name].input_shapes
+            if "Conv" not in layer.layer or reduction.why_not(method, module) is not None:
+                continue
+            start = time.perf_counter()
+            family = reduction.fit(method, module, layer.moments)
+            dense = count_parameters(module), layer.macs
+            costs = below_break_even(module, method, family.ranks(), shapes, dense)
+            front = best_by_macs(costs, family.loss)
+            if front:
+                family.build(within(front, costs, WHOLE_SHARE * layer.macs) or front[0])
+            seconds += time.perf_counter() - start
+            layers += 1
+        row = {"method": name, "layers": layers, "seconds": seconds}
+        print(json.dumps(row), flush=True)
+        yield row
+
+
+class Track:
+    """Where forms of one layer run against it, each in the memory format in which it is faster."""
+
+    def __init__(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
+        self.layer = layer
+        given = torch.randn(shape)
+        self.inputs = (
+            [given, given.to(memory_format=torch.channels_last)] if given.dim() == 4 else [given]
+        )
+        times = self._race(self._calls(layer), 0.5)
+        self.dense = self._calls(layer)[times.index(min(times))]
+
+    def share_of_time(self, form: nn.Module, seconds: float = 0.5) -> float:
+        """Of the dense layer's."""
+        dense, *small = self._race([self.dense, *self._calls(form)], seconds)
+        return min(small) / dense
+
+    def _calls(self, layer: nn.Module) -> list[Callable[[], Any]]:
+        formats = ("contiguous", "channels_last")[: len(self.inputs)]
+        layers = [with_memory_format(layer, one) for one in formats]
+        return [partial(one, ready) for one, ready in zip(layers, self.inputs, strict=True)]
+
+    def _race(self, calls: list[Callable[[], Any]], seconds: float) -> list[float]:
+        with torch.no_grad():
+            return latencies(calls, torch.device("cpu"), seconds=seconds)
 
 
 def try_method(
@@ -94,26 +152,33 @@ def try_method(
     layer: AnalysedLayer,
     module: nn.Module,
     shapes: Sequence[tuple[int, ...]],
+    track: Track,
 ) -> Iterator[dict[str, Any]]:
+    """At shares of the layer's MACs, then at shares of its time."""
     start = time.perf_counter()
     family = reduction.fit(method, module, layer.moments)
     costs = below_break_even(
         module, method, family.ranks(), shapes, (count_parameters(module), layer.macs)
     )
-    for share in SHARES:
-        affordable = [rank for rank, cost in costs.items() if cost[1] <= share * layer.macs]
-        if not affordable:
+    front = best_by_macs(costs, family.loss)
+    whole = layer.moments.squared_error(module.weight.detach())  # type: ignore[arg-type, union-attr, operator]
+    chosen = [("macs", share, within(front, costs, share * layer.macs)) for share in SHARES]
+    chosen += [("time", share, None) for share in TIME_SHARES]
+    for kind, share, rank in chosen:
+        if kind == "time":
+            rank = fastest_within(method, module, front, share, track)
+            start = time.perf_counter()  # the search is not the method's
+        if rank is None:
             continue
-        rank: Rank = min(affordable, key=family.loss)
         form = family.build(rank)
         seconds = time.perf_counter() - start
-        weight = module.weight.detach()  # type: ignore[union-attr]
+        weight = module.weight.detach()  # type: ignore[union-attr, operator]
         difference = form.to_dense().weight.detach().double() - weight.double()
-        whole = layer.moments.squared_error(weight)
         row = {
             "layer": layer.name,
             "repr": layer.layer,
             "method": method.name,
+            "of": kind,
             "share": share,
             "rank": rank,
             "kept": costs[rank][1] / layer.macs,
@@ -121,38 +186,50 @@ def try_method(
             "response_error": (layer.moments.squared_error(difference) / whole) ** 0.5,
             "predicted": family.loss(rank),
             "seconds": seconds,  # of the first share with the fit, of the others what they add
-            "speedup": speedup(module, form, shapes[0]),
+            "speedup": 1 / track.share_of_time(form),
         }
         print(json.dumps(row), flush=True)
         yield row
         start = time.perf_counter()
 
 
-def speedup(module: nn.Module, form: nn.Module, shape: tuple[int, ...]) -> float:
-    """Of the layer alone, each in the memory format in which it is faster."""
-    given = torch.randn(shape)
-    layers = [
-        (with_memory_format(one, memory_format), memory_format)
-        for one in (module, form)
-        for memory_format in ("contiguous", "channels_last")
-    ]
+def best_by_macs(costs: dict[Rank, tuple[int, int]], loss: Callable[[Rank], float]) -> list[Rank]:
+    """The ranks than which none is both cheaper and better, the cheapest first."""
+    front: list[Rank] = []
+    for rank in sorted(costs, key=lambda one: (costs[one][1], loss(one))):
+        if not front or loss(rank) < loss(front[-1]):
+            front.append(rank)
+    return front
 
-    def call(layer: nn.Module, memory_format: str) -> Callable[[], Any]:
-        last = memory_format == "channels_last" and given.dim() == 4
-        ready = given.to(memory_format=torch.channels_last) if last else given
-        return lambda: layer(ready)
 
-    with torch.no_grad():
-        dense, dense_last, small, small_last = latencies(
-            [call(*layer) for layer in layers], torch.device("cpu"), seconds=0.5
-        )
-    return min(dense, dense_last) / min(small, small_last)
+def within(front: list[Rank], costs: dict[Rank, tuple[int, int]], macs: float) -> Rank | None:
+    affordable = [rank for rank in front if costs[rank][1] <= macs]
+    return affordable[-1] if affordable else None
+
+
+def fastest_within(
+    method: Method, module: nn.Module, front: list[Rank], share: float, track: Track
+) -> Rank | None:
+    """The last of the front that takes no more than this share of the dense layer's time.
+
+    By bisection, as if time grew along it; forms are timed with any weights.
+    """
+    slow, fast = len(front), -1
+    while slow - fast > 1:
+        middle = (slow + fast) // 2
+        form = filled(reduction.skeleton(method, module, front[middle]), torch.device("cpu"))
+        if track.share_of_time(form, seconds=0.2) <= share:
+            fast = middle
+        else:
+            slow = middle
+    return front[fast] if fast >= 0 else None
 
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help="a network; may be repeated")] = None,
     methods: Annotated[list[str] | None, typer.Option(help="names; default: all")] = None,
     most: Annotated[int, typer.Option(help="layers of each network, by MACs")] = 3,
+    whole: Annotated[bool, typer.Option(help="also time the fit of a whole network")] = True,
     threads: int = 2,
     out: Path = HERE / "methods.json",
 ) -> None:
@@ -167,6 +244,9 @@ def main(
         for row in compare(model, data, most, names):
             facts["networks"][network].append(row)
             save(out, facts)
+    if whole:
+        facts["whole"] = list(fit_all(*NETWORKS[WHOLE](), names))
+        save(out, facts)
     write_document(facts)
 
 
@@ -177,27 +257,39 @@ def write_document(facts: dict[str, Any]) -> None:
         draw(rows, DOCUMENT.parent / picture)
         text = f"{table(rows)}\n![Error against time]({picture})\n\nMeasured on: {on}.\n"
         between_markers(DOCUMENT, network, text)
+    if "whole" in facts:
+        rows = [(r["method"], str(r["layers"]), f"{r['seconds']:.1f}") for r in facts["whole"]]
+        whole = markdown_table(("method", "convolutions", "seconds"), rows)
+        between_markers(DOCUMENT, "whole", f"{whole}\nMeasured on: {on}.\n")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Medians over layers: response error / speed-up at each share; seconds for the first share."""
+    shares = [("macs", share) for share in SHARES] + [("time", share) for share in TIME_SHARES]
     lines = []
-    layers = len({row["layer"] for row in rows})
     for name in dict.fromkeys(row["method"] for row in rows):
-        cells = []
-        for share in SHARES:
-            found = [row for row in rows if row["method"] == name and row["share"] == share]
-            if len(found) < layers:
-                cells.append(f"reached on {len(found)} of {layers}" if found else "")
-                continue
-            error = median([row["response_error"] for row in found])
-            cells.append(f"{error:.3f} / {median([row['speedup'] for row in found]):.1f}x")
-        seconds = [row["seconds"] for row in rows if row["method"] == name]
-        lines.append((name, *cells, f"{sum(seconds):.1f}"))
-    shares = [f"{share:.0%} of MACs" for share in SHARES]
-    of = f"median of {layers} layers" if layers > 1 else "one layer"
+        own = [row for row in rows if row["method"] == name]
+        cells = [
+            cell([row for row in own if (row["of"], row["share"]) == at], rows) for at in shares
+        ]
+        lines.append((name, *cells, f"{sum(row['seconds'] for row in own):.1f}"))
+    layers = layers_of(rows)
+    of = f"median of {len(layers)} layers" if len(layers) > 1 else "one layer"
     title = f"response error / speed-up, {of}"
-    return markdown_table((title, *shares, "seconds in all"), lines)
+    header = [f"{share:.0%} of {'MACs' if kind == 'macs' else 'time'}" for kind, share in shares]
+    return markdown_table((title, *header, "seconds in all"), lines)
+
+
+def layers_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["layer"] for row in rows))
+
+
+def cell(found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> str:
+    layers = len(layers_of(rows))
+    if len(found) < layers:
+        return f"reached on {len(found)} of {layers}" if found else ""
+    error = median(row["response_error"] for row in found)
+    return f"{error:.3f} / {median(row['speedup'] for row in found):.1f}x"
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -207,7 +207,7 @@ class _Stopwatch:
         return known
 
     def _measure(self, layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> float:
-        ready = _filled(layer, self.device)
+        ready = filled(layer, self.device)
         given = torch.rand(shape, device=self.device).to(dtype)
         convolves = any(isinstance(module, nn.Conv2d) for module in ready.modules())
         if self.memory_format == "channels_last" and convolves and given.dim() == 4:
@@ -230,7 +230,7 @@ def coarse_grid(
     return tuple(grid)
 
 
-def _filled(layer: nn.Module, device: torch.device) -> nn.Module:
+def filled(layer: nn.Module, device: torch.device) -> nn.Module:
     """A copy of a layer of any device with random weights and zero buffers, in eval mode."""
     filled = copy.deepcopy(layer).to("meta").to_empty(device=device).eval()
     with torch.no_grad():

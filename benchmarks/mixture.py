@@ -1,0 +1,187 @@
+"""The plan that may mix methods beside plans of one method each, at equal latency.
+
+Writes benchmarks/mixture.json and tables of docs/methods.md: for each network the metric before any
+recovery, and the measured share of the dense time. A plan of one method takes SVD for the layers
+that the method does not take.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from methods import DOCUMENT
+from race import between_markers, machine, markdown_table, save
+from torch import nn
+
+import rankfold
+from rankfold.analysis import AnalysedLayer, Analysis
+from rankfold.errors import BudgetError
+from rankfold.measure import latencies, with_memory_format
+from rankfold.plan import Plan
+
+HERE = Path(__file__).parent
+METHODS = ("tucker2", "svd", "separable", "separable3", "block-term")
+BUDGETS = (0.6, 0.45, 0.33)  # of the dense latency
+
+
+@dataclass(frozen=True)
+class Case:
+    model: nn.Module
+    data: list[Any]  # the first batch is what is timed
+    score: Callable[[nn.Module], float]
+    layers: str = "*"
+
+
+def demo() -> Case:
+    from rankfold.demo import accuracy, make_data, make_model, make_test
+
+    test = make_test()
+    return Case(make_model().eval(), make_data(), lambda network: accuracy(network, test))
+
+
+def crepe() -> Case:
+    import crepe
+
+    test = crepe.make_test()
+    return Case(crepe.make_model(), crepe.make_data(), lambda m: crepe.accuracy(m, test))
+
+
+def english_g2() -> Case:
+    sys.path.append(str(HERE.parent / "examples"))
+    from ocr_models import make_recogniser
+    from rendered_text import split_fonts, word_batches
+    from scene_text import words_right
+
+    fonts, held_out = split_fonts()
+    words = [images for images, _ in word_batches(1000, fonts, seed=0)]
+    middle = sorted(words, key=lambda images: images.shape[-1])[len(words) // 2]
+    test = word_batches(1000, held_out, seed=1)
+    data = [middle[:1], *words]
+    layers = "network.FeatureExtraction*"
+    return Case(make_recogniser(), data, lambda m: words_right(m.eval(), test), layers)
+
+
+def craft() -> Case:
+    sys.path.append(str(HERE.parent / "examples"))
+    from ocr_models import make_detector
+    from rendered_text import page_batches, split_fonts
+    from text_detector import agreement
+
+    fonts, held_out = split_fonts()
+    model, test = make_detector(), page_batches(16, held_out, seed=1)
+    pages = page_batches(24, fonts, seed=0)
+    return Case(model, [pages[0][:1], *pages], lambda m: agreement(m.eval(), model, test))
+
+
+CASES = {"demo": demo, "english_g2": english_g2, "CREPE": crepe, "CRAFT": craft}
+
+
+def compare(case: Case) -> Iterator[dict[str, Any]]:
+    analysis = rankfold.analyze(
+        case.model,
+        case.data,
+        methods=[*METHODS, "full-rank"],
+        layers=case.layers,
+        timed=True,
+    )
+    print(f"metric: {analysis.metric}", flush=True)
+    yield {"contender": "dense", "score": case.score(case.model), "budget": 1.0, "measured": 1.0}
+    for name in ("mixture", *METHODS):
+        limited = analysis if name == "mixture" else of_one_method(analysis, name)
+        for budget in BUDGETS:
+            try:
+                plan = limited.plan(latency=budget)
+            except BudgetError as error:
+                print(name, budget, error, flush=True)
+                continue
+            small = rankfold.factorize(case.model, plan).eval()
+            row = {
+                "contender": name,
+                "budget": budget,
+                "measured": share_of_time(case, analysis, small),
+                "macs_kept": plan.after.macs / plan.before.macs,
+                "score": case.score(small),
+                "methods": methods_of(plan),
+            }
+            print(json.dumps(row), flush=True)
+            yield row
+
+
+def of_one_method(analysis: Analysis, name: str) -> Analysis:
+    def restrict(layer: AnalysedLayer) -> AnalysedLayer:
+        only = name if name in layer.methods else "svd"
+        return replace(
+            layer,
+            methods={key: one for key, one in layer.methods.items() if key == only},
+            candidates=tuple(one for one in layer.candidates if one.method == only),
+            grids={key: grid for key, grid in layer.grids.items() if key == only},
+        )
+
+    return replace(analysis, layers=tuple(restrict(layer) for layer in analysis.layers))
+
+
+def methods_of(plan: Plan) -> dict[str, int]:
+    used = [entry.method or "" for entry in plan.factorized]
+    return {method: used.count(method) for method in dict.fromkeys(used)}
+
+
+def share_of_time(case: Case, analysis: Analysis, small: nn.Module) -> float:
+    """Both in the memory format in which the dense network is faster."""
+    assert analysis.timing is not None
+    networks = [
+        with_memory_format(network, analysis.timing.memory_format)
+        for network in (case.model, small)
+    ]
+    with torch.no_grad():
+        dense, ours = latencies(
+            [lambda network=network: network(case.data[0]) for network in networks],
+            torch.device("cpu"),
+        )
+    return ours / dense
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="a network; may be repeated")] = None,
+    threads: int = 2,
+    out: Path = HERE / "mixture.json",
+) -> None:
+    torch.set_num_threads(threads)
+    facts = json.loads(out.read_text()) if out.exists() else {"networks": {}}
+    facts["machine"] = machine()
+    for network in only or CASES:
+        torch.manual_seed(0)
+        facts["networks"][network] = []
+        for row in compare(CASES[network]()):
+            facts["networks"][network].append(row)
+            save(out, facts)
+    write_document(facts)
+
+
+def write_document(facts: dict[str, Any]) -> None:
+    on = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
+    tables = [f"{table(network, rows)}\n" for network, rows in facts["networks"].items()]
+    between_markers(DOCUMENT, "mixture", "\n".join([*tables, f"Measured on: {on}.\n"]))
+
+
+def table(network: str, rows: list[dict[str, Any]]) -> str:
+    """Contenders by budgets."""
+    dense, *others = rows
+    lines = []
+    for name in dict.fromkeys(row["contender"] for row in others):
+        cells = {row["budget"]: row for row in others if row["contender"] == name}
+        lines.append((name, *(_cell(cells.get(budget)) for budget in BUDGETS)))
+    title = f"{network} (dense {100 * dense['score']:.1f}): score, % / measured time"
+    return markdown_table((title, *(f"{budget:.0%} of time" for budget in BUDGETS)), lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{100 * row['score']:.1f} / {row['measured']:.2f}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
