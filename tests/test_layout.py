@@ -17,7 +17,7 @@ FLOORS = [
     {"plan", "knapsack", "batches", "fingerprint", "cost", "replacement", "merging", "runtime"},
     {"analysis", "measure"},
     {"recover", "refit", "record"},
-    {"factorize"},
+    {"factorize", "deployment"},
     {"checkpoint", "search", "compress"},
     {"demo", "imports", "picture"},
     {"cli"},

@@ -2,10 +2,13 @@ import copy
 import json
 from dataclasses import replace
 
+import geometry
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from recurrent import assert_same
-from tensors import tensor_of
+from tensors import seeds, tensor_of
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -17,7 +20,7 @@ from rankfold.batches import run
 from rankfold.cost import count_macs, count_parameters
 from rankfold.errors import CheckpointError, PlanError
 from rankfold.layers import FewerUnits, TwoFactorLinear
-from rankfold.merging import merge_linears, merge_readouts
+from rankfold.merging import merge_pairs, merge_readouts, merged, multiply
 from rankfold.methods import METHODS, WEIGHT_METRIC
 from rankfold.plan import Plan
 from rankfold.progress import silent
@@ -57,27 +60,168 @@ def analysis() -> rankfold.Analysis:
     return rankfold.analyze(make_reader(), make_sequences())
 
 
+GROUPS = st.integers(1, 3)
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+KINDS = st.one_of(
+    geometry.linears(dtype=torch.float64),
+    geometry.convolutions(st.integers(1, 6), torch.float64, GROUPS),
+    geometry.transposed_convolutions(st.integers(1, 6), torch.float64, GROUPS),
+)
+
+
+def norm_of(layer: nn.Module, channels: int, seed: int, affine: bool = True) -> nn.Module:
+    """A batch norm for what the layer takes or gives, of statistics far from 0 and 1."""
+    kind = nn.BatchNorm1d if isinstance(layer, nn.Linear) else NORMS[layer.weight.dim() - 2]
+    norm = kind(channels, eps=0.01, affine=affine, dtype=torch.float64).eval()
+    tensors = [norm.running_mean, *norm.parameters()]
+    for index, tensor in enumerate(tensors):
+        tensor.data.copy_(tensor_of(tensor.shape, seed=seed + index))
+    norm.running_var.copy_(tensor_of(norm.running_var.shape, seed=seed + 9).square() + 0.1)
+    return norm
+
+
+def widths_of(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
+
+
+@given(KINDS, st.booleans(), seeds)
+def test_a_batch_norm_folded_into_the_layer_before_it(case, affine, seed) -> None:
+    layer, shape = case
+    inputs, outputs = widths_of(layer)
+    shape = (3, inputs) if isinstance(layer, nn.Linear) else shape
+    norm = norm_of(layer, outputs, seed, affine)
+    both = merged(layer, norm)
+    assert type(both) is type(layer) and both.weight.shape == layer.weight.shape
+    batch = tensor_of(shape, seed=seed)
+    assert_same(both(batch), norm(layer(batch)))
+    assert merged(layer, norm_of(layer, outputs + 1, seed)) is None
+
+
+@given(KINDS, st.booleans(), seeds)
+def test_a_batch_norm_folded_into_the_layer_after_it(case, affine, seed) -> None:
+    layer, shape = case
+    inputs, _ = widths_of(layer)
+    shape = (3, inputs) if isinstance(layer, nn.Linear) else shape
+    norm = norm_of(layer, inputs, seed, affine)
+    both = merged(norm, layer)
+    if both is not None:
+        batch = tensor_of(shape, seed=seed)
+        assert_same(both(batch), layer(norm(batch)))
+        assert merged(norm_of(layer, inputs + 1, seed), layer) is None
+        return
+    zeros = getattr(layer, "padding_mode", "") == "zeros" and layer.padding != "valid"
+    assert getattr(layer, "transposed", False) or (zeros and layer.padding != (0, 0, 0))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@given(
+    geometry.convolutions(st.integers(1, 8), torch.float64), st.integers(1, 8), st.booleans(), seeds
+)
+def test_a_convolution_and_a_1x1_as_one(case, outputs, bias, seed) -> None:
+    first, shape = case
+    kind = type(first)
+    second = kind(first.out_channels, outputs, 1, bias=bias, dtype=torch.float64)
+    before = count_parameters(nn.Sequential(first, second))
+    product = multiply(first, second)
+    batch = tensor_of(shape, seed=seed)
+    assert_same(product(batch), second(first(batch)))
+    assert product.out_channels == outputs and product.in_channels == first.in_channels
+    cheaper = count_parameters(product) <= before and count_macs(
+        lambda: product(batch)
+    ) <= count_macs(lambda: second(first(batch)))
+    assert (merged(first, second) is not None) == cheaper
+
+
+def conv(inputs: int, outputs: int, kernel: int = 1, **settings: object) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, **settings)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (conv(4, 4), conv(4, 4, 3)),
+        (conv(4, 4), conv(4, 4, stride=2)),
+        (conv(4, 4), conv(4, 4, padding=1)),
+        (conv(4, 4), conv(4, 4, groups=2)),
+        (conv(4, 4, groups=2), conv(4, 4)),
+        (conv(4, 4), conv(8, 4)),
+        (conv(4, 4), nn.Linear(4, 4)),
+        (conv(4, 4), nn.Conv1d(4, 4, 1)),
+        (nn.ConvTranspose2d(4, 4, 1), nn.ConvTranspose2d(4, 4, 1)),
+        (nn.Linear(8, 1), nn.Linear(1, 8)),
+        (nn.Linear(4, 4), nn.ReLU()),
+        (nn.BatchNorm2d(4), nn.BatchNorm2d(4)),
+        (conv(4, 4), nn.BatchNorm2d(4, track_running_stats=False)),
+        (conv(4, 4), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+        (nn.Conv2d(4, 4, 1, dtype=torch.complex64), nn.BatchNorm2d(4)),
+        (nn.LazyConv2d(4, 1), nn.BatchNorm2d(4)),
+    ],
+    ids=repr,
+)
+def test_what_is_left_as_two(first, second) -> None:
+    assert merged(first, second) is None
+
+
 @pytest.mark.parametrize("biases", [(True, True), (True, False), (False, True), (False, False)])
 def test_two_linear_layers_as_one(biases) -> None:
     first = nn.Linear(5, 9, biases[0], dtype=torch.float64)
     second = nn.Linear(9, 4, biases[1], dtype=torch.float64).eval()
-    merged = merge_linears(first, second)
-    given = tensor_of((3, 5))
-    assert_same(merged(given), second(first(given)))
-    assert (merged.bias is not None) == any(biases) and not merged.training
-    assert merged.weight.requires_grad
+    both = multiply(first, second)
+    batch = tensor_of((3, 5))
+    assert_same(both(batch), second(first(batch)))
+    assert (both.bias is not None) == any(biases) and not both.training
+    assert (both.in_features, both.out_features) == (5, 4)
+    assert both.weight.requires_grad
     second.requires_grad_(False)
-    assert merge_linears(first, second).weight.requires_grad
-    assert not merge_linears(first.requires_grad_(False), second).weight.requires_grad
+    assert multiply(first, second).weight.requires_grad
+    assert not multiply(first.requires_grad_(False), second).weight.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_merged_in_half_precision(dtype) -> None:
-    first, second = nn.Linear(5, 9), nn.Linear(9, 4)
-    merged = merge_linears(first.to(dtype), second.to(dtype))
-    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    first, second = nn.Linear(5, 9).to(dtype), nn.Linear(9, 4).to(dtype)
+    norm = nn.BatchNorm1d(9).to(dtype).eval()
+    both = multiply(first, second)
+    assert {parameter.dtype for parameter in both.parameters()} == {dtype}
     exact = second.double().weight @ first.double().weight
-    assert_same(merged.weight, exact, 1e-2)
+    assert_same(both.weight, exact, 1e-2)
+    assert {parameter.dtype for parameter in merged(first.to(dtype), norm).parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
+def test_the_memory_format_is_kept(kind) -> None:
+    layer = kind(6, 8, 3)
+    last = torch.channels_last if layer.weight.dim() == 4 else torch.channels_last_3d
+    norm = NORMS[layer.weight.dim() - 2](8).eval()
+    for memory_format in (torch.contiguous_format, last):
+        layer = layer.to(memory_format=memory_format)
+        assert merged(layer, norm).weight.stride() == layer.weight.stride()
+        if kind is not nn.ConvTranspose2d:
+            second = kind(8, 8, 1).to(memory_format=memory_format)
+            assert merged(layer, second).weight.stride() == layer.weight.stride()
+            assert multiply(second, second).weight.stride() == second.weight.stride()
+
+
+def test_a_form_that_loses_a_factor_is_none() -> None:
+    method = METHODS["svd"]()
+    forms = [method.fit(nn.Linear(16, 16), WEIGHT_METRIC).build((3,)) for _ in range(2)]
+    model = nn.Sequential(*forms).eval()
+    batch = tensor_of((4, 16), torch.float32)
+    before = model(batch)
+    small = merge_pairs(model, [("0.1", "1.0")])
+    assert_same(small(batch), before, 1e-5)
+    assert type(small[0]) is TwoFactorLinear and small[0].to_dense().out_features == 3
+    assert type(small[1]) is nn.Sequential and type(small[1][0]) is nn.Identity
+    assert not any(module.training for module in small.modules())
+
+
+@pytest.mark.parametrize("pair", [("0", "2"), ("0", "elsewhere"), ("1", "0")])
+def test_pairs_that_are_none_are_refused(pair) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(8, 8))
+    with pytest.raises(PlanError, match=f"'{pair[0]}' and '{pair[1]}'"):
+        merge_pairs(model, [pair])
 
 
 def test_an_analysis_knows_who_reads(analysis) -> None:
@@ -110,11 +254,11 @@ def test_a_plan_says_what_the_network_then_costs(analysis, tmp_path) -> None:
 def test_merged_or_not_it_is_the_same_network(analysis) -> None:
     plan = analysis.plan(macs=0.6)
     entries = tuple(replace(entry, reader=None) for entry in plan.layers)
-    merged = rankfold.factorize(make_reader(), plan)
+    without = rankfold.factorize(make_reader(), plan)
     unmerged = rankfold.factorize(make_reader(), replace(plan, layers=entries))
-    assert isinstance(unmerged.first, FewerUnits) and not isinstance(merged.first, FewerUnits)
+    assert isinstance(unmerged.first, FewerUnits) and not isinstance(without.first, FewerUnits)
     data = make_sequences()[0]
-    assert_same(merged(data), unmerged(data), 1e-5)
+    assert_same(without(data), unmerged(data), 1e-5)
 
 
 def test_a_factorized_reader_takes_the_readout_in_too(analysis, tmp_path) -> None:
@@ -164,8 +308,8 @@ def test_a_reader_of_another_kind_or_shape_leaves_the_readout() -> None:
     for reader in (Unusual(16, 3), nn.Sequential(nn.ReLU(), nn.Linear(16, 3)), nn.Linear(32, 3)):
         form = METHODS["fewer-units"]().fit(layer, WEIGHT_METRIC).build((8,))
         model = nn.ModuleDict({"rnn": form, "reader": copy.deepcopy(reader)})
-        merged = merge_readouts(model, {"rnn": "reader"})
-        assert merged.rnn is form and repr(merged.reader) == repr(reader)
+        left = merge_readouts(model, {"rnn": "reader"})
+        assert left.rnn is form and repr(left.reader) == repr(reader)
 
 
 class Packed(nn.Module):

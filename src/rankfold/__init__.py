@@ -14,6 +14,7 @@ from rankfold.analysis import Analysis, Overrides, analyze, with_timings
 from rankfold.batches import Data
 from rankfold.checkpoint import load, save
 from rankfold.compress import compress
+from rankfold.deployment import fold_batch_norms, merge_adjacent
 from rankfold.errors import (
     BudgetError,
     CalibrationError,
@@ -59,8 +60,10 @@ __all__ = [
     "analyze",
     "compress",
     "factorize",
+    "fold_batch_norms",
     "load",
     "measure",
+    "merge_adjacent",
     "record_of",
     "recover",
     "reestimate_batch_norm",

@@ -29,6 +29,7 @@ from torch import nn
 
 from rankfold.errors import CheckpointError, ModelError, PlanError, RankError
 from rankfold.factorize import replace_layers
+from rankfold.merging import Pair, merge_pairs
 from rankfold.methods import reduction
 from rankfold.plan import LayerPlan, Plan
 from rankfold.record import Record, attach_record, record_of
@@ -67,6 +68,7 @@ def save(
         "strides": _unusual_strides(tensors),
         "recovery": None if record.recovery is None else asdict(record.recovery),
         "comparison": None if record.comparison is None else asdict(record.comparison),
+        "merged": record.merged,
         "origin": dict(origin or {}),
     }
     try:
@@ -117,12 +119,13 @@ def load(
         form = form.to_empty(device=weight.device)
         return form if weight.requires_grad else form.requires_grad_(False)
 
+    merged = _pairs_of(document, source)
     try:
-        model = replace_layers(model, plan, skeleton)
+        model = merge_pairs(replace_layers(model, plan, skeleton), merged)
     except (PlanError, RankError) as error:
         raise CheckpointError(f"{source} is of another network: {error}") from error
     _fill(model, tensors, document["strides"], source)
-    attach_record(model, Record(plan, document["source_sha256"]))
+    attach_record(model, Record(plan, document["source_sha256"], merged=merged))
     return model.eval()
 
 
@@ -164,6 +167,16 @@ def read_plan_document(directory: Pathlike) -> dict[str, Any]:
         if not isinstance(document, dict) or not isinstance(document.get(key), kind):
             raise CheckpointError(f"{path} is damaged or not of rankfold: '{key}' is missing")
     return document
+
+
+def _pairs_of(document: Mapping[str, Any], source: Path) -> tuple[Pair, ...]:
+    """The names of the modules that were merged; none in files from before there were any."""
+    pairs = document.get("merged", [])
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in pairs
+    ):
+        raise CheckpointError(f"{source / PLAN} is damaged: 'merged' is {pairs!r:.80}")
+    return tuple((first, second) for first, second in pairs)
 
 
 def _write(

@@ -243,6 +243,9 @@ def compress(
     schedule: Annotated[
         Schedule, typer.Option("--schedule", help="Of the learning rate.")
     ] = "cosine",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Fold batch norms, multiply adjacent linear layers.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -280,6 +283,7 @@ def compress(
         schedule=schedule,
         loss_fn=resolve_function(loss, "loss") if loss else None,
         checkpoint=training_state,
+        merge=merge,
         test=judged,
         metric=measured,
         seed=seed,

@@ -9,6 +9,7 @@ from torch import nn
 
 from rankfold.analysis import Outputs, Overrides, analyze
 from rankfold.batches import Data, Forward, device_of, first_batches, run
+from rankfold.deployment import merge_adjacent
 from rankfold.errors import BudgetError
 from rankfold.factorize import factorize
 from rankfold.measure import Metric, evaluate, in_fastest_memory_format, measure
@@ -46,6 +47,7 @@ def compress(
     loss_fn: LossFunction | None = None,
     validation: Data | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    merge: bool = False,
     test: Data | None = None,
     metric: Metric | None = None,
     seed: int = 0,
@@ -61,7 +63,10 @@ def compress(
     fewest MACs that lose, before recovery, at most so much of the metric on `validation` (by
     default `test`); without a metric, of the agreement with the original.
 
-    The network is then put in the memory format in which it runs faster, and compared with the
+    With `merge` batch norms are folded at the end, and adjacent layers multiplied
+    (`merge_adjacent`), which is for a network that is not trained further.
+
+    The network is put in the memory format in which it runs faster, and compared with the
     original, itself in its faster format, on `test` (by default `data`): what
     `record_of(model).comparison` holds. All times are those of the `runtime`. The original is left
     as it is.
@@ -138,6 +143,9 @@ def compress(
             progress=progress,
         )
         record = replace(record, recovery=recovery)
+    attach_record(small, record)
+    if merge:
+        small = merge_adjacent(small, batch, forward=forward)
     comparison = measure(
         in_fastest_memory_format(model, batch, forward, progress, runtime),
         small,
@@ -147,5 +155,5 @@ def compress(
         runtime=runtime,
         progress=progress,
     )
-    attach_record(small, replace(record, comparison=comparison))
+    attach_record(small, replace(record_of(small), comparison=comparison))
     return small.eval()

@@ -6,6 +6,7 @@ from torch import nn
 
 from rankfold.errors import PlanError
 from rankfold.measure import Comparison
+from rankfold.merging import Pair
 from rankfold.plan import Plan
 from rankfold.recover import Recovery
 
@@ -20,6 +21,7 @@ class Record:
     source_sha256: str  # of the weights that were factorized
     recovery: Recovery | None = None
     comparison: Comparison | None = None
+    merged: tuple[Pair, ...] = ()  # modules that are one, by name, in turn (rankfold.deployment)
 
 
 def attach_record(model: nn.Module, record: Record) -> None:

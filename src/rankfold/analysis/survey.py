@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from rankfold.analysis.readers import Readers
+from rankfold.analysis.readers import Readers, carries_hooks
 from rankfold.batches import (
     Data,
     Forward,
@@ -81,11 +81,13 @@ def survey(
     unhooked = {module: _hooks(module) for module in owners}
     leaves = [module for module in model.modules() if not any(module.children())]
     reads = _OutsideReads(owners)
-    hooks = [module.register_forward_hook(watch) for module in {*leaves, *owners}]
+    readers = Readers(model, lambda module: type(module) is nn.Linear)
+    hooks = list(readers.hooks)
+    # Before the readers know of an output, so that looking at it is not reading it.
+    looked_at = {*leaves, *owners}
+    hooks += [module.register_forward_hook(watch, prepend=True) for module in looked_at]
     hooks += [module.register_forward_pre_hook(reads.enter) for module in owners]
     hooks += [module.register_forward_hook(reads.leave) for module in owners]
-    readers = Readers(model)
-    hooks += readers.hooks
     size, macs = 1, 0
 
     def run(batch: Any) -> None:
@@ -135,7 +137,7 @@ def survey(
         reasons[module] = reason
     layers = []
     for module, reason in reasons.items():
-        reader = readers.only_reader(module)
+        reader = readers.only_reader(module) if isinstance(module, nn.RNNBase) else None
         # The reader's weight will change too.
         alone = None if reader is None or reasons[reader] is not None else names[reader]
         called_with = tuple(shapes.get(module, ()))
@@ -212,13 +214,7 @@ def _unusual_kind(module: nn.Module) -> str | None:
 
 def _hooks(module: nn.Module) -> str | None:
     """The reason not to replace a module that carries hooks of the user's: they would be lost."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return "it carries hooks, which would be lost" if any(hooks) else None
+    return "it carries hooks, which would be lost" if carries_hooks(module) else None
 
 
 def _shared_weights(owners: list[nn.Module], names: dict[nn.Module, str]) -> dict[nn.Module, str]:
