@@ -1,8 +1,9 @@
 """Parameters and MACs of every method's form by hand: what its paper says that it costs.
 
 A function for each method gives the links of its chain for one plain convolution (a linear layer
-is one without a kernel), without the bias: of each the parameters, and how many axes of the map
-have been walked along behind it. A link costs its parameters at every position of its output.
+is one without a kernel), without the bias: of each the parameters, how many axes of the map have
+been walked along behind it, and of a link that slices of the channels share, how many do. A link
+costs its parameters at every position of its output, for each slice.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-Links = list[tuple[int, int]]
+Links = list[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Plain:
         return len(self.kernel)
 
     @property
-    def longer(self) -> Links:
+    def longer(self) -> list[tuple[int, int]]:
         """Of each axis that the kernel is longer than 1 along: its length, and the axes walked.
 
         An axis that it is 1 long along goes with the one before.
@@ -94,6 +95,11 @@ def flattened(of: Plain, _: int) -> Links:
     return [(of.inputs * of.outputs, 0), *((of.outputs * n, walked) for n, walked in of.longer)]
 
 
+def monochromatic(of: Plain, colours: int) -> Links:
+    """Denton et al. 2014, section 3.1."""
+    return [(of.inputs * colours, 0), (of.outputs * of.places, of.axes)]
+
+
 def cp(of: Plain, r: int) -> Links:
     return [(of.inputs * r, 0), (r * (of.places + of.outputs), of.axes)]
 
@@ -123,6 +129,38 @@ def block_term(of: Plain, blocks: int, width: int) -> Links:
     return [(of.inputs * blocks * w_in, 0), core, (blocks * w_out * of.outputs, of.axes)]
 
 
+def bicluster(of: Plain, r_out: int, r_in: int) -> Links:
+    """Denton et al. 2014, section 3.2; of two groups on both sides."""
+    core = (4 * r_in * r_out * of.places, of.axes)
+    return [(of.inputs * 2 * r_in, 0), core, (2 * r_out * of.outputs, of.axes)]
+
+
+def tensor_ring(of: Plain, r_out: int, r_in: int) -> Links:
+    """Wang et al. 2018, section 3.2; of four slices, or fewer channels."""
+    slices = min(4, of.outputs, of.inputs)
+    core = (r_in * r_out * of.places, of.axes, slices)
+    return [(of.inputs * slices * r_in, 0), core, (slices * r_out * of.outputs, of.axes)]
+
+
+def tensorized_train(of: Plain, rank: int) -> Links:
+    """Garipov et al. 2016, equation 9; of fewer than 2¹⁵ pairs of channels, hence two modes."""
+    (i, j), (p, o) = nearest_factors(of.inputs), nearest_factors(of.outputs)[::-1]
+    first = min(rank, of.places, p * i * o * j)
+    second = min(rank, of.places * p * i, o * j)
+    cores = [(first * i * p * second, of.axes, j), (second * j * o, of.axes, p)]
+    return [(of.places * first, of.axes, of.inputs), *cores]
+
+
+def nearest_factors(length: int) -> tuple[int, int]:
+    """The two that make it, the smaller one first."""
+    smaller = max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)
+    return smaller, length // smaller
+
+
+def block_diagonal(of: Plain, width: int, r: int) -> Links:
+    return [(of.outputs * width * of.places, of.axes), *svd(of, r)]
+
+
 BY_HAND = {
     "svd": svd,
     "full-rank": svd,
@@ -133,11 +171,16 @@ BY_HAND = {
     "separable-basis": separable_basis,
     "fixed-basis": fixed_basis,
     "flattened": flattened,
+    "monochromatic": monochromatic,
     "cp": cp,
     "cp-separable": cp_separable,
     "tucker-cp": tucker_cp,
     "tensor-train": tensor_train,
+    "tensorized-train": tensorized_train,
     "block-term": block_term,
+    "bicluster": bicluster,
+    "tensor-ring": tensor_ring,
+    "block-diagonal": block_diagonal,
 }
 
 
@@ -160,10 +203,11 @@ def cost_by_hand(
     of = Plain(rows // groups, columns, tuple(kernel))
     links = BY_HAND[method](of, *rank, *((1,) if method == "block-term" else ()))
     macs = 0
-    for parameters, walked in links:
+    for parameters, walked, *slices in links:
         before, behind = maps
-        macs += parameters * samples * math.prod((*behind[:walked], *before[walked:]))
+        positions = math.prod((*behind[:walked], *before[walked:]))
+        macs += parameters * samples * positions * math.prod(slices)
     bias = 0
     if layer.bias is not None:
         bias = len(layer.bias)
-    return groups * sum(parameters for parameters, _ in links) + bias, groups * macs
+    return groups * sum(parameters for parameters, *_ in links) + bias, groups * macs

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rankfold.layers.form import fill_dense
+from rankfold.layers.form import factors_of, fill_dense
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -112,8 +112,11 @@ def combined_geometry(links: Sequence[Any]) -> dict[str, Any]:
 
 
 def dense_convolution(form: nn.Sequential, weight: torch.Tensor, groups: int = 1) -> Convolution:
-    """The convolution of this weight (out, in / groups, *kernel) that a chain represents."""
-    links = [cast(Any, module) for module in form]
+    """The convolution of this weight (out, in / groups, *kernel) that a chain represents.
+
+    Its last module holds the bias.
+    """
+    links = factors_of(form)
     modes = [one.padding_mode for one in links if one.padding_mode != "zeros"]
     dense = type(links[0])(
         weight.shape[1] * groups,
@@ -121,7 +124,7 @@ def dense_convolution(form: nn.Sequential, weight: torch.Tensor, groups: int = 1
         tuple(weight.shape[2:]),
         **combined_geometry(links),
         groups=groups,
-        bias=links[-1].bias is not None,
+        bias=cast(Any, form[-1]).bias is not None,
         padding_mode=modes[0] if modes else "zeros",
         device="meta",
         dtype=weight.dtype,

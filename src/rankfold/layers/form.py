@@ -1,4 +1,4 @@
-"""What every factorized layer is: a chain of factors that represents one dense layer."""
+"""What every factorized layer is: factors, mostly in a chain, that represent one dense layer."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
@@ -13,7 +13,7 @@ Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class Form(Protocol):
-    """A factorized layer: an `nn.Sequential` whose last factor holds the bias."""
+    """A factorized layer: an `nn.Sequential`, or `nn.ModuleList`, whose last holds the bias."""
 
     def to_dense(self) -> nn.Module:
         """The dense layer that this one represents, with copies of its parameters."""
@@ -28,7 +28,14 @@ def check_ranks(ranks: Sequence[int], limits: Sequence[int], layer: nn.Module) -
         raise RankError(f"rank {tuple(ranks)} is outside ({bounds}) of {layer}")
 
 
-def assign_factors(form: nn.Sequential, weights: Sequence[torch.Tensor], layer: nn.Module) -> None:
+def factors_of(form: nn.Module) -> list[Any]:
+    """The modules with a weight that a form is made of, first factor first."""
+    return [module for module in form.modules() if hasattr(module, "weight")]
+
+
+def assign_factors(
+    form: nn.Sequential | nn.ModuleList, weights: Sequence[torch.Tensor], layer: nn.Module
+) -> None:
     """Make `weights`, first factor first, and the bias of `layer` the parameters of `form`.
 
     Device, dtype, `requires_grad` and training mode become those of `layer`; a factor that the form
@@ -36,7 +43,7 @@ def assign_factors(form: nn.Sequential, weights: Sequence[torch.Tensor], layer: 
     and `form` share no memory.
     """
     dense = cast(Any, layer)
-    for factor, weight in zip(cast("Sequence[Any]", form), weights, strict=True):
+    for factor, weight in zip(factors_of(form), weights, strict=True):
         weight = weight.detach().to(dense.weight.device, dense.weight.dtype, copy=True)
         factor.weight = nn.Parameter(
             weight.reshape(factor.weight.shape).contiguous(),
@@ -49,16 +56,15 @@ def assign_factors(form: nn.Sequential, weights: Sequence[torch.Tensor], layer: 
     form.train(layer.training)
 
 
-def fill_dense(dense: nn.Module, weight: torch.Tensor, form: nn.Sequential) -> None:
+def fill_dense(dense: nn.Module, weight: torch.Tensor, form: nn.Sequential | nn.ModuleList) -> None:
     """Give `dense`, built on the meta device, copies of a weight and of the bias of `form`.
 
     `weight` is the product of the factors. The result is trainable where the form is, and in its
     mode.
     """
-    factors: list[Any] = list(form)
-    trainable = any(factor.weight.requires_grad for factor in factors)
+    trainable = any(factor.weight.requires_grad for factor in factors_of(form))
     cast("Any", dense).weight = nn.Parameter(weight.detach().clone(), trainable)
-    bias = factors[-1].bias
+    bias = cast("Any", form[-1]).bias
     if bias is not None:
         cast("Any", dense).bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     dense.train(form.training)

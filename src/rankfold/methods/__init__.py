@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rankfold.errors import RankfoldError
+from rankfold.methods.bicluster import Bicluster
+from rankfold.methods.block_diagonal import BlockDiagonal
 from rankfold.methods.block_term import BlockTerm
 from rankfold.methods.cp import CanonicalPolyadic, SeparableCanonicalPolyadic
 from rankfold.methods.fewer_units import RemoveUnits
@@ -17,11 +19,14 @@ from rankfold.methods.full_rank import FullRank
 from rankfold.methods.interpolative import Interpolative
 from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_ranks, other_kind
 from rankfold.methods.moments import WEIGHT_METRIC, Moments
+from rankfold.methods.monochromatic import Monochromatic
 from rankfold.methods.separable import Separable
 from rankfold.methods.separable3 import Separable3
 from rankfold.methods.separable_basis import SeparableBasis
 from rankfold.methods.svd import LowRank
+from rankfold.methods.tensor_ring import TensorRing
 from rankfold.methods.tensor_train import TensorTrain
+from rankfold.methods.tensorized_train import TensorizedTrain
 from rankfold.methods.tucker2 import Tucker2
 from rankfold.methods.tucker_cp import TuckerCP
 
@@ -34,12 +39,17 @@ METHODS: dict[str, type[Method]] = {
         Separable3,
         SeparableBasis,
         Flattened,
+        Monochromatic,
         FixedBasis,
         CanonicalPolyadic,
         SeparableCanonicalPolyadic,
         TuckerCP,
         TensorTrain,
+        TensorizedTrain,
         BlockTerm,
+        Bicluster,
+        TensorRing,
+        BlockDiagonal,
         Interpolative,
         FullRank,
         RemoveUnits,
@@ -78,6 +88,8 @@ __all__ = [
     "DEFAULT_METHODS",
     "METHODS",
     "WEIGHT_METRIC",
+    "Bicluster",
+    "BlockDiagonal",
     "BlockTerm",
     "CanonicalPolyadic",
     "Family",
@@ -89,6 +101,7 @@ __all__ = [
     "Method",
     "Methods",
     "Moments",
+    "Monochromatic",
     "Rank",
     "RemoveUnits",
     "Separable",
@@ -96,7 +109,9 @@ __all__ = [
     "SeparableBasis",
     "SeparableCanonicalPolyadic",
     "Spectrum",
+    "TensorRing",
     "TensorTrain",
+    "TensorizedTrain",
     "Tucker2",
     "TuckerCP",
     "aligned_ranks",

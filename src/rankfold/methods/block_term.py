@@ -20,15 +20,14 @@ from rankfold.layers import (
     check_ranks,
 )
 from rankfold.methods.method import Rank, check_alignment, why_not_spatial
-from rankfold.methods.moments import WEIGHT_METRIC, Moments
-from rankfold.methods.refit import best_last_factor, improved_last_factor, of_equal_norms
+from rankfold.methods.moments import Moments
+from rankfold.methods.refit import improved_last_factor, of_equal_norms
 from rankfold.methods.sampled import SampledFamily
+from rankfold.methods.three_factors import ThreeFactors, in_turn
 from rankfold.methods.whitened import CHANNELS, WhitenedKernel
 
 # Sweeps of alternating least squares of a fit whose loss is an estimate, and of the one built.
 _DRAFT, _SWEEPS = 6, 50
-_IMPROVEMENT = 1e-3  # share of the squared error: less ends the sweeps
-_CORE_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -68,28 +67,22 @@ class BlockTerm:
 
 
 @dataclass(frozen=True)
-class _Blocks:
-    """Σ_b outputs[:, b] cores[b] inputs[:, b]ᵀ, of a kernel (out, in, places)."""
-
-    outputs: torch.Tensor  # (out, blocks, width of outputs)
-    inputs: torch.Tensor  # (in, blocks, width of inputs)
-    cores: torch.Tensor  # (blocks, width of outputs, width of inputs, places)
+class _Blocks(ThreeFactors):
+    """Σ_b outputs[:, b] cores[b] inputs[:, b]ᵀ: a core for each block."""
 
     def features(self) -> torch.Tensor:
-        """The kernel of all but the last factor: (blocks * width of outputs, in, places)."""
         return torch.einsum("bqrp,ibr->bqip", self.cores, self.inputs).flatten(0, 1)
 
-    def to_tensor(self) -> torch.Tensor:
-        return torch.tensordot(self.outputs.flatten(1), self.features(), dims=1)
-
-    def transposed(self) -> "_Blocks":
-        return _Blocks(self.inputs, self.outputs, self.cores.transpose(1, 2))
-
     def projected(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The inner products of a kernel with what each entry of the cores stands for."""
         half = torch.tensordot(self.outputs.flatten(1).mT, tensor, dims=1)
         half = half.unflatten(0, self.outputs.shape[1:])
         return torch.einsum("bqip,ibr->bqrp", half, self.inputs)
+
+    def with_outputs(self, outputs: torch.Tensor) -> "_Blocks":
+        """Orthonormal within each block."""
+        outputs, mixing = torch.linalg.qr(outputs.movedim(1, 0))
+        cores = torch.einsum("bsq,bqrp->bsrp", mixing, self.cores)
+        return replace(self, outputs=outputs.movedim(0, 1), cores=cores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +100,7 @@ class _Fit(WhitenedKernel):
     def _form(self, rank: Rank, sweeps: int) -> BlockTermConvolution:
         form = BlockTermConvolution(self.layer, rank[0], self.width, device="meta")
         found = _strongest(self.whitened, block_widths(self.layer, self.width), rank[0])
-        found = _alternate(self.whitened, found, sweeps)
+        found = in_turn(self.whitened, found, sweeps)
         found = _Blocks(
             self.whitening.restore(found.outputs.flatten(1), 0).reshape(found.outputs.shape),
             self.whitening.restore(found.inputs.flatten(1), 1).reshape(found.inputs.shape),
@@ -140,48 +133,3 @@ def _strongest(tensor: torch.Tensor, widths: tuple[int, int], count: int) -> _Bl
     chosen = energies.argsort(descending=True, stable=True)[:count]
     rows, columns = chosen // inputs.shape[1], chosen % inputs.shape[1]
     return _Blocks(outputs[:, rows], inputs[:, columns], cores[rows, columns])
-
-
-def _alternate(tensor: torch.Tensor, blocks: _Blocks, sweeps: int) -> _Blocks:
-    """Solve for the outputs of all blocks, for the inputs, and improve the cores, in turn."""
-    total = tensor.square().sum().item()
-    error = (tensor - blocks.to_tensor()).square().sum().item()
-    for _ in range(sweeps):
-        if error <= 1e-20 * total:
-            break
-        found = _with_best_outputs(tensor, blocks)
-        found = _with_best_outputs(tensor.transpose(0, 1), found.transposed()).transposed()
-        found = _with_better_cores(tensor, found)
-        before, error = error, (tensor - found.to_tensor()).square().sum().item()
-        if not error < before:
-            break
-        blocks = found
-        if before - error < _IMPROVEMENT * before:
-            break
-    return blocks
-
-
-def _with_best_outputs(tensor: torch.Tensor, blocks: _Blocks) -> _Blocks:
-    """Least squares; then orthonormal within each block, which the core makes up for."""
-    solved = best_last_factor(tensor, blocks.features(), WEIGHT_METRIC)
-    outputs, mixing = torch.linalg.qr(solved.reshape(blocks.outputs.shape).movedim(1, 0))
-    cores = torch.einsum("bsq,bqrp->bsrp", mixing, blocks.cores)
-    return replace(blocks, outputs=outputs.movedim(0, 1), cores=cores)
-
-
-def _with_better_cores(tensor: torch.Tensor, blocks: _Blocks) -> _Blocks:
-    """A few steps of conjugate gradients for all cores together."""
-    cores = blocks.cores
-    rest = blocks.projected(tensor - blocks.to_tensor())
-    direction, size = rest, rest.square().sum()
-    for _ in range(_CORE_STEPS):
-        effect = replace(blocks, cores=direction).to_tensor()
-        curvature = effect.square().sum()
-        if not curvature > 0:
-            break
-        along = size / curvature
-        cores = cores + along * direction
-        rest = rest - along * blocks.projected(effect)
-        size, previous = rest.square().sum(), size
-        direction = rest + (size / previous) * direction
-    return replace(blocks, cores=cores)

@@ -35,10 +35,10 @@ class SampledFamily:
     moments: Moments
     candidates: Sequence[Rank]  # a full grid, up to `limits`
     limits: Rank
-    make: Callable[[Rank], nn.Sequential]  # a fitted form with `to_dense()`
-    draft: Callable[[Rank], nn.Sequential] | None = None
+    make: Callable[[Rank], nn.Module]  # a fitted form with `to_dense()`
+    draft: Callable[[Rank], nn.Module] | None = None
     """A faster fit, no better than that of `make`, whose losses are measured in its place."""
-    _made: dict[Rank, nn.Sequential] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[Rank, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def spectra(self) -> Sequence[Spectrum]:
@@ -47,7 +47,7 @@ class SampledFamily:
     def ranks(self) -> Sequence[Rank]:
         return self.candidates
 
-    def build(self, rank: Rank) -> nn.Sequential:
+    def build(self, rank: Rank) -> nn.Module:
         check_ranks(rank, self.limits, self.layer)
         if rank not in self._made:
             self._made[rank] = self.make(rank)

@@ -46,7 +46,7 @@ class LowRank:
         return why_not_dense(layer)
 
     def fit(self, layer: Dense, moments: Moments) -> "LowRankFamily":
-        left, right, values = _factors(layer.weight.detach(), moments)
+        left, right, values = low_rank_factors(layer.weight.detach(), moments)
         return LowRankFamily(layer, left, right, values, moments, self.alignment)
 
     def skeleton(self, layer: Dense, rank: Rank) -> nn.Sequential:
@@ -88,7 +88,7 @@ class LowRankFamily:
         return form
 
 
-def _factors(
+def low_rank_factors(
     weight: torch.Tensor, moments: Moments
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Left and right factors at full rank, balanced, and the singular values, in the metric."""

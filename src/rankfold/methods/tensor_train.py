@@ -1,8 +1,7 @@
 """Tensor-train decomposition of a convolution's kernel, with the inputs first, the outputs last.
 
 Oseledets: Tensor-train decomposition. SIAM Journal on Scientific Computing 33 (2011), section 2.
-(Garipov, Podoprikhin, Novikov, Vetrov: Ultimate tensorization. arXiv:1611.03214, 2016, split the
-channels into several modes as well, and lose the form of a chain of convolutions.)
+With the channels split into several modes as well it is `tensorized_train`.
 """
 
 import math
