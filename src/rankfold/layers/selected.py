@@ -23,7 +23,12 @@ class ChannelSelection(nn.Module):
         self.register_buffer("channels", channels.to(device, copy=True))
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.index_select(self.mode, self.channels)
+        last = tensor.movedim(self.mode, -1)
+        if tensor.is_contiguous() or not last.is_contiguous():
+            return tensor.index_select(self.mode, self.channels)
+        # In channels-last format torch selects several times as fast from a matrix.
+        rows = last.flatten(0, -2).index_select(1, self.channels)
+        return rows.unflatten(0, last.shape[:-1]).movedim(-1, self.mode)
 
     def extra_repr(self) -> str:
         return f"{len(self.channels)}, mode={self.mode}"

@@ -27,6 +27,7 @@ from rankfold.methods.refit import of_equal_norms, solve
 
 # Rounds of improvement of one number of colours on the way to more, and of the one built.
 _ROUNDS, _LAST_ROUNDS = 10, 50
+_RANDOM_STARTS = 8
 _IMPROVEMENT = 1e-4  # share of the squared error: less ends the rounds
 _EXACT = 1e-20  # share of the weight's square that is rounding
 # Of the mean eigenvalue of the inputs' moment, added to all: what no input shows stays as it is.
@@ -115,10 +116,10 @@ class MonochromaticFamily:
         fit, found = self.fit, None
         for fewer in range(self.alignment, count, self.alignment):
             if fewer not in self._found:
-                self._found[fewer] = fit.improved(fit.extended(found, fewer), _ROUNDS)
+                self._found[fewer] = fit.with_shared_colours(found, fewer)
             found = self._found[fewer]
         if count < len(fit.weight):
-            self._found[count] = fit.improved(fit.extended(found, count), _ROUNDS)
+            self._found[count] = fit.with_shared_colours(found, count)
         else:
             self._found[count] = fit.with_own_colours(found)
         return self._found[count]
@@ -181,6 +182,15 @@ class _Fit:
         colours = torch.linalg.eigh(tensor @ tensor.mT).eigenvectors[..., -1]
         colours = colours if inverse is None else colours @ inverse
         return self.improved(self._by_itself(colours), _LAST_ROUNDS)
+
+    def with_shared_colours(self, fewer: _Colouring | None, count: int) -> _Colouring:
+        """The best of some starts: from fewer colours, and from those of random outputs."""
+        starts = [self.extended(fewer, count)]
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(_RANDOM_STARTS):
+            outputs = torch.randperm(len(self.weight), generator=generator)[:count]
+            starts.append(self._by_itself(self.own.colours[outputs.to(self.weight.device)]))
+        return min((self.improved(one, _ROUNDS) for one in starts), key=self.squared_error)
 
     def with_own_colours(self, shared: _Colouring | None) -> _Colouring:
         """`own`, or what becomes of shared colours when each output may change its copy."""
