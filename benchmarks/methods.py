@@ -227,7 +227,7 @@ def fastest_within(
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help="a network; may be repeated")] = None,
-    methods: Annotated[list[str] | None, typer.Option(help="names; default: all")] = None,
+    methods: Annotated[list[str] | None, typer.Option(help="others keep their results")] = None,
     most: Annotated[int, typer.Option(help="layers of each network, by MACs")] = 3,
     whole: Annotated[bool, typer.Option(help="also time the fit of a whole network")] = True,
     threads: int = 2,
@@ -240,7 +240,8 @@ def main(
     for network in only or NETWORKS:
         torch.manual_seed(0)
         model, data = NETWORKS[network]()
-        facts["networks"][network] = []
+        known = facts["networks"].get(network, [])
+        facts["networks"][network] = [row for row in known if row["method"] not in names]
         for row in compare(model, data, most, names):
             facts["networks"][network].append(row)
             save(out, facts)

@@ -213,3 +213,15 @@ def test_a_network_is_planned_saved_and_loaded(tmp_path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(data[0]), small(data[0]))
         assert relative(small(data[0]), make()(data[0])) < 1
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_a_metric_of_few_samples_is_taken(rank) -> None:
+    layer = nn.Conv2d(16, 16, 3)
+    samples = tensor_of((rank, 144))
+    moments = Moments(samples.mT @ samples)
+    family = BlockDiagonal().fit(layer, moments)
+    for candidate in family.ranks()[::3]:
+        form = family.build(candidate)
+        assert all(torch.isfinite(parameter).all() for parameter in form.parameters())
+        assert 0 <= family.loss(candidate) <= 1 + 1e-9

@@ -194,5 +194,9 @@ def _inverses(moment: torch.Tensor, groups: int) -> torch.Tensor:
     size = len(moment) // groups
     blocks = moment.reshape(groups, size, groups, size).diagonal(dim1=0, dim2=2).movedim(2, 0)
     mean = blocks.diagonal(dim1=1, dim2=2).mean(1)
-    ridge = torch.where(mean > 0, _RIDGE * mean, 1)
-    return torch.linalg.inv(blocks + ridge[:, None, None] * torch.eye(size).to(blocks))
+    ridge = torch.where(mean > 0, _RIDGE * mean, 1)[:, None, None] * torch.eye(size).to(blocks)
+    lower, failed = torch.linalg.cholesky_ex(blocks + ridge)
+    while failed.any():
+        ridge = 10 * ridge
+        lower, failed = torch.linalg.cholesky_ex(blocks + ridge)
+    return torch.cholesky_inverse(lower)
