@@ -229,7 +229,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="a network; may be repeated")] = None,
     methods: Annotated[list[str] | None, typer.Option(help="others keep their results")] = None,
     most: Annotated[int, typer.Option(help="layers of each network, by MACs")] = 3,
-    whole: Annotated[bool, typer.Option(help="also time the fit of a whole network")] = True,
+    whole: Annotated[bool, typer.Option(help="time the fit of a whole network")] = False,
     threads: int = 2,
     out: Path = HERE / "methods.json",
 ) -> None:
@@ -237,7 +237,7 @@ def main(
     facts = json.loads(out.read_text()) if out.exists() else {"networks": {}}
     facts["machine"] = machine()
     names = methods or [name for name in METHODS if name != "fewer-units"]
-    for network in only or NETWORKS:
+    for network in only or ([] if whole else NETWORKS):
         torch.manual_seed(0)
         model, data = NETWORKS[network]()
         known = facts["networks"].get(network, [])
