@@ -298,10 +298,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    figure = Figure(figsize=(5 * len(layers), 4.5), layout="constrained")
+    figure = Figure(figsize=(5 * len(layers) + 2, 4.5), layout="constrained")
     for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         for index, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
-            points = [row for row in rows if row["layer"] == layer and row["method"] == name]
+            own = [row for row in rows if row["layer"] == layer and row["method"] == name]
+            points = sorted(own, key=lambda row: 1 / row["speedup"])
             style = ("o-", "s--", "^:")[index // 10 % 3]
             axes.semilogy(
                 [1 / row["speedup"] for row in points],
@@ -311,7 +312,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             )
         axes.set(title=layer, xlabel="time, share of the dense layer's", ylabel="response error")
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
 
 
