@@ -172,7 +172,7 @@ def _pads(layer: Any) -> bool:
 
 
 def _scale_outputs(layer: Layer, norm: Norm) -> Layer | None:
-    scale, shift = _affine(norm)
+    scale, shift = affine(norm)
     weight = layer.weight.detach().double()
     groups = cast(Any, layer).groups if isinstance(layer, TRANSPOSED) else 1
     # Outputs are the first mode of a weight, but the second within each group if it is transposed.
@@ -194,7 +194,7 @@ def _scale_inputs(norm: Norm, layer: Layer) -> Layer | None:
     blocks = layer.weight.detach().double().unflatten(0, (groups, -1))
     if groups * blocks.shape[2] != norm.num_features:
         return None
-    scale, shift = (values.unflatten(0, (groups, -1)) for values in _affine(norm))
+    scale, shift = (values.unflatten(0, (groups, -1)) for values in affine(norm))
     added = (blocks * _along(2, shift, blocks)).flatten(2).sum(2).flatten()
     weight = (blocks * _along(2, scale, blocks)).flatten(0, 1)
     return _layer_like(layer, norm, weight, _bias_of(layer) + added)
@@ -207,7 +207,7 @@ def _along(mode: int, values: torch.Tensor, blocks: torch.Tensor) -> torch.Tenso
     return values.reshape(shape)
 
 
-def _affine(norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+def affine(norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and shift (channels,) of a batch norm in eval mode, in float64."""
     mean, variance = cast(Any, norm).running_mean.double(), cast(Any, norm).running_var.double()
     scale = (variance + norm.eps).rsqrt()

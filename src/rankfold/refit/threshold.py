@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankfold.batches import Forward
+from rankfold.merging import affine
 from rankfold.refit.positions import run_watched
 
 
@@ -71,13 +72,10 @@ def _threshold(norm: Any, layer: Any) -> Threshold | None:
         return Threshold(ones, torch.zeros_like(ones))
     if norm.running_mean is None or norm.running_var is None:
         return None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    shift = torch.zeros_like(scale)
-    if norm.weight is not None:
-        scale, shift = scale * norm.weight.detach().double(), norm.bias.detach().double()
+    scale, shift = affine(norm)
     if not (scale != 0).all():
         return None
-    return Threshold(scale, shift - norm.running_mean.double() * scale)
+    return Threshold(scale, shift)
 
 
 def stand_in(target: torch.Tensor, predicted: torch.Tensor, tie: float) -> torch.Tensor:
