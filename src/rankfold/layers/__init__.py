@@ -3,8 +3,8 @@
 Each is an `nn.Sequential` of convolutions or linear layers with nothing between them, or such a
 chain beside another layer (block diagonal), has the geometry (stride, padding, dilation, bias,
 dtype) of one dense layer, and `to_dense()` gives that layer back; a recurrent layer is a smaller
-one and a readout, and no other layer does the same. How
-the factors are found is the business of `rankfold.methods`.
+one and a readout, and no other layer does the same. How the factors are found is the business of
+`rankfold.methods`.
 """
 
 from rankfold.layers.biclustered import BiclusteredConvolution
