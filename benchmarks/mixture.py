@@ -1,32 +1,34 @@
-"""The plan that may mix methods beside plans of one method each, at equal latency.
+"""The plan that may mix methods beside plans of one method each, at equal measured latency.
 
 Writes benchmarks/mixture.json and tables of docs/methods.md: for each network the metric before any
-recovery, and the measured share of the dense time. A plan of one method takes SVD for the layers
-that the method does not take.
+recovery, and the measured share of the dense time, which each plan is brought to by trying
+(`plan_to_latency`). A plan of one method takes SVD for the layers that the method does not take.
 """
 
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from methods import DOCUMENT
+from paired import restricted
 from race import between_markers, machine, markdown_table, save
 from torch import nn
 
 import rankfold
-from rankfold.analysis import AnalysedLayer, Analysis
+from rankfold.analysis import Analysis
 from rankfold.errors import BudgetError
 from rankfold.measure import latencies, with_memory_format
 from rankfold.plan import Plan
+from rankfold.search import plan_to_latency
 
 HERE = Path(__file__).parent
 METHODS = ("tucker2", "svd", "separable", "separable3", "block-term")
-BUDGETS = (0.6, 0.45, 0.33)  # of the dense latency
+FAST = ("tucker2", "svd", "separable")  # to fit, also for large layers
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Case:
     model: nn.Module
     data: list[Any]  # the first batch is what is timed
     score: Callable[[nn.Module], float]
+    budgets: tuple[float, ...] = (0.6, 0.45, 0.33)  # of the dense latency
+    methods: tuple[str, ...] = METHODS
     layers: str = "*"
 
 
@@ -48,7 +52,9 @@ def crepe() -> Case:
     import crepe
 
     test = crepe.make_test()
-    return Case(crepe.make_model(), crepe.make_data(), lambda m: crepe.accuracy(m, test))
+    return Case(
+        crepe.make_model(), crepe.make_data(), lambda m: crepe.accuracy(m, test), (0.5, 0.33), FAST
+    )
 
 
 def english_g2() -> Case:
@@ -62,8 +68,10 @@ def english_g2() -> Case:
     middle = sorted(words, key=lambda images: images.shape[-1])[len(words) // 2]
     test = word_batches(1000, held_out, seed=1)
     data = [middle[:1], *words]
+    budgets = (0.85, 0.75, 0.65)  # about half of the time is outside of these layers
     layers = "network.FeatureExtraction*"
-    return Case(make_recogniser(), data, lambda m: words_right(m.eval(), test), layers)
+    model = make_recogniser()
+    return Case(model, data, lambda m: words_right(m.eval(), test), budgets, layers=layers)
 
 
 def craft() -> Case:
@@ -75,54 +83,61 @@ def craft() -> Case:
     fonts, held_out = split_fonts()
     model, test = make_detector(), page_batches(16, held_out, seed=1)
     pages = page_batches(24, fonts, seed=0)
-    return Case(model, [pages[0][:1], *pages], lambda m: agreement(m.eval(), model, test))
+    data = [pages[0][:1], *pages]
+    return Case(model, data, lambda m: agreement(m.eval(), model, test), (0.5, 0.33), FAST)
 
 
-CASES = {"demo": demo, "english_g2": english_g2, "CREPE": crepe, "CRAFT": craft}
+def character_network() -> Case:
+    import characters
+
+    test = characters.make_test()
+    model, data = characters.make_model(), characters.make_data()
+    return Case(model, data, lambda m: rankfold.accuracy(m, test), (0.5, 0.33, 0.2))
+
+
+CASES = {
+    "demo": demo,
+    "english_g2": english_g2,
+    "CREPE": crepe,
+    "CRAFT": craft,
+    "characters": character_network,
+}
 
 
 def compare(case: Case) -> Iterator[dict[str, Any]]:
     analysis = rankfold.analyze(
         case.model,
         case.data,
-        methods=[*METHODS, "full-rank"],
+        methods=[*case.methods, "full-rank"],
         layers=case.layers,
         timed=True,
     )
     print(f"metric: {analysis.metric}", flush=True)
     yield {"contender": "dense", "score": case.score(case.model), "budget": 1.0, "measured": 1.0}
-    for name in ("mixture", *METHODS):
-        limited = analysis if name == "mixture" else of_one_method(analysis, name)
-        for budget in BUDGETS:
+    for name in ("mixture", *case.methods):
+        limited = analysis if name == "mixture" else restricted(analysis, [name], instead="svd")
+        for budget in case.budgets:
             try:
-                plan = limited.plan(latency=budget)
+                found = plan_to_latency(
+                    case.model,
+                    limited,
+                    budget,
+                    case.data[0],
+                    lambda aim, limited=limited: limited.plan(latency=aim),
+                )
             except BudgetError as error:
                 print(name, budget, error, flush=True)
                 continue
-            small = rankfold.factorize(case.model, plan).eval()
             row = {
                 "contender": name,
                 "budget": budget,
-                "measured": share_of_time(case, analysis, small),
-                "macs_kept": plan.after.macs / plan.before.macs,
-                "score": case.score(small),
-                "methods": methods_of(plan),
+                "measured": share_of_time(case, analysis, found.model),
+                "macs_kept": found.plan.after.macs / found.plan.before.macs,
+                "score": case.score(found.model),
+                "methods": methods_of(found.plan),
             }
             print(json.dumps(row), flush=True)
             yield row
-
-
-def of_one_method(analysis: Analysis, name: str) -> Analysis:
-    def restrict(layer: AnalysedLayer) -> AnalysedLayer:
-        only = name if name in layer.methods else "svd"
-        return replace(
-            layer,
-            methods={key: one for key, one in layer.methods.items() if key == only},
-            candidates=tuple(one for one in layer.candidates if one.method == only),
-            grids={key: grid for key, grid in layer.grids.items() if key == only},
-        )
-
-    return replace(analysis, layers=tuple(restrict(layer) for layer in analysis.layers))
 
 
 def methods_of(plan: Plan) -> dict[str, int]:
@@ -171,12 +186,13 @@ def write_document(facts: dict[str, Any]) -> None:
 def table(network: str, rows: list[dict[str, Any]]) -> str:
     """Contenders by budgets."""
     dense, *others = rows
+    budgets = sorted({row["budget"] for row in others}, reverse=True)
     lines = []
     for name in dict.fromkeys(row["contender"] for row in others):
         cells = {row["budget"]: row for row in others if row["contender"] == name}
-        lines.append((name, *(_cell(cells.get(budget)) for budget in BUDGETS)))
+        lines.append((name, *(_cell(cells.get(budget)) for budget in budgets)))
     title = f"{network} (dense {100 * dense['score']:.1f}): score, % / measured time"
-    return markdown_table((title, *(f"{budget:.0%} of time" for budget in BUDGETS)), lines)
+    return markdown_table((title, *(f"{budget:.0%} of time" for budget in budgets)), lines)
 
 
 def _cell(row: dict[str, Any] | None) -> str:

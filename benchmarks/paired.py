@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rankfold
-from rankfold.analysis import Analysis
+from rankfold.analysis import AnalysedLayer, Analysis
 from rankfold.batches import run
 from rankfold.cost import count_macs
 from rankfold.measure import latencies, with_memory_format
@@ -40,10 +40,14 @@ def _entry(entry: LayerPlan, choice: tuple[str, Sequence[int]] | None) -> LayerP
     return replace(entry, method=method, settings={}, rank=tuple(rank), reason=None)
 
 
-def restricted(analysis: Analysis, methods: Sequence[str]) -> Analysis:
-    """As if it had tried only these methods."""
+def restricted(analysis: Analysis, methods: Sequence[str], instead: str | None = None) -> Analysis:
+    """As if it had tried only these methods, and one `instead` where none of them applies."""
+
+    def allowed(layer: AnalysedLayer) -> Sequence[str | None]:
+        return [name for name in methods if name in layer.methods] or [instead]
+
     layers = tuple(
-        replace(layer, candidates=tuple(c for c in layer.candidates if c.method in methods))
+        replace(layer, candidates=tuple(c for c in layer.candidates if c.method in allowed(layer)))
         for layer in analysis.layers
     )
     return replace(analysis, layers=layers)

@@ -8,9 +8,10 @@ from torch import nn
 
 import rankfold
 import rankfold.errors
-from rankfold.errors import CalibrationError, CheckpointError, ModelError, RankfoldError
+from rankfold.distances import Cosine, Divergence
+from rankfold.errors import CalibrationError, CheckpointError, RankfoldError
 from rankfold.measure import output_error
-from rankfold.recover import _SCHEDULES, distance, recover, reestimate_batch_norm
+from rankfold.recover import _SCHEDULES, recover, reestimate_batch_norm
 
 
 def factorized(**budget: float) -> nn.Module:
@@ -179,17 +180,27 @@ def test_schedules() -> None:
     assert [step(100, s) for s in (0, 49, 50, 75)] == pytest.approx([1, 1, 0.1, 0.01])
 
 
-def test_outputs_that_cannot_be_compared_are_refused() -> None:
-    for output, target in ((torch.zeros(2), torch.zeros(3)), ([], []), ("text", "text")):
-        with pytest.raises(ModelError, match="same shapes"):
-            distance(output, target)
+@pytest.mark.parametrize("distance", [Divergence(2.0), Cosine()], ids=str)
+def test_recovery_lowers_the_distance_that_it_is_given(distance) -> None:
+    recovery = recover(
+        factorized(macs=0.4), make_data(), teacher=make_model(), distance=distance, epochs=3
+    )
+    scores = [epoch.score for epoch in recovery.epochs]
+    assert recovery.best > 0 and scores[recovery.best] > scores[0]
 
 
-def test_distance_is_relative_to_the_targets_variance() -> None:
-    target = torch.tensor([1.0, 3.0])
-    assert distance(target + 2, target).item() == pytest.approx(4.0)
-    assert distance(1000 * (target + 2), 1000 * target).item() == pytest.approx(4.0)
-    assert distance((target, target + 2), (target, target)).item() == pytest.approx(2.0)
+def test_a_checkpoint_of_a_recovery_with_another_distance_is_refused(tmp_path) -> None:
+    teacher, state = make_model(), tmp_path / "state.pt"
+    recover(factorized(macs=0.5), make_data(), teacher=teacher, epochs=1, checkpoint=state)
+    with pytest.raises(CheckpointError, match="another run"):
+        recover(
+            factorized(macs=0.5),
+            make_data(),
+            teacher=teacher,
+            distance=Divergence(),
+            epochs=1,
+            checkpoint=state,
+        )
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from rankfold.batches import (
     tensors_of,
     to_device,
 )
-from rankfold.errors import CalibrationError, CheckpointError, ModelError, RankfoldError
+from rankfold.distances import Distance, SquaredError
+from rankfold.errors import CalibrationError, CheckpointError, RankfoldError
 from rankfold.fingerprint import weights_sha256
 from rankfold.measure import Metric, evaluate
 from rankfold.progress import Progress, silent
@@ -65,6 +66,7 @@ def recover(
     data: Data,
     *,
     teacher: nn.Module | None = None,
+    distance: Distance = SquaredError(),  # noqa: B008  (frozen)
     loss_fn: LossFunction | None = None,
     validation: Data | None = None,
     metric: Metric | None = None,
@@ -79,11 +81,13 @@ def recover(
 ) -> Recovery:
     """Train a factorized model in place until it does what the original did.
 
-    Without labels: `teacher` is the original, and the loss is the mean squared difference of the
-    outputs, relative to the variance of the teacher's (`distance`). With labels:
-    `loss_fn(output, label)`. With both, their sum. Adam, with the learning rate warmed up over the
-    first 5 % of the steps and then a cosine to zero, or divided by 10 after each half and three
-    quarters of the epochs (`schedule="step"`, as Kim et al. 2016 do).
+    Without labels: `teacher` is the original, and the loss is the `distance` of the outputs from
+    the teacher's (`rankfold.distances`): their mean squared difference relative to the variance of
+    the teacher's, or another. With labels: `loss_fn(output, label)`. With both, their sum.
+
+    Adam, with the learning rate warmed up over the first 5 % of the steps and then a cosine to
+    zero, or divided by 10 after each half and three quarters of the epochs (`schedule="step"`, as
+    Kim et al. 2016 do).
 
     First the batch-norm statistics are re-estimated. After every epoch the model is scored on
     `validation`: by `metric(model, validation)`, higher is better, or by the negative loss. A list
@@ -105,7 +109,7 @@ def recover(
     check_data(data)
     if validation is None:
         data, validation = _hold_out(data)
-    objective = _Objective(teacher, loss_fn, forward)
+    objective = _Objective(teacher, distance, loss_fn, forward)
 
     def score() -> float | None:
         if validation is None:
@@ -116,7 +120,7 @@ def recover(
 
     path = None if checkpoint is None else Path(checkpoint)
     steps = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
-    settings = (epochs, learning_rate, schedule, patience, seed, steps)
+    settings = (epochs, learning_rate, schedule, patience, seed, steps, _name_of(distance))
     run_name = hashlib.sha256(f"{settings} {weights_sha256(model)}".encode()).hexdigest()
     trainer = _Trainer(
         model, objective, learning_rate, partial(_SCHEDULES[schedule], epochs * steps)
@@ -142,20 +146,8 @@ def recover(
     return Recovery(tuple(state.history), state.best, ended, time.perf_counter() - start)
 
 
-def distance(output: Any, target: Any) -> torch.Tensor:
-    """Mean squared difference of two (nested) outputs over the variance of the target; a scalar.
-
-    Each tensor of the output counts alike, whatever its unit. Differentiable in `output`. Raises
-    ModelError if the two do not hold tensors of the same shapes, or none.
-    """
-    ours, theirs = list(tensors_of(output)), list(tensors_of(target))
-    if not ours or [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
-        raise ModelError("the outputs of model and teacher are not tensors of the same shapes")
-    terms = [
-        (a - b).square().mean() / (b.var(correction=0) + 1e-12)
-        for a, b in zip(ours, theirs, strict=True)
-    ]
-    return torch.stack(terms).mean()
+def _name_of(distance: Distance) -> str:
+    return getattr(distance, "__qualname__", repr(distance))
 
 
 def reestimate_batch_norm(
@@ -209,9 +201,14 @@ class _Objective:
     """The training loss of one batch; the teacher's outputs are computed once where they can be."""
 
     def __init__(
-        self, teacher: nn.Module | None, loss_fn: LossFunction | None, forward: Forward
+        self,
+        teacher: nn.Module | None,
+        distance: Distance,
+        loss_fn: LossFunction | None,
+        forward: Forward,
     ) -> None:
-        self.teacher, self.loss_fn, self.forward = teacher, loss_fn, forward
+        self.teacher, self.distance = teacher, distance
+        self.loss_fn, self.forward = loss_fn, forward
         self.cache: dict[int, tuple[Any, Any]] = {}  # id of a batch: the batch, the output
         self.cached_bytes = 0
 
@@ -224,7 +221,7 @@ class _Objective:
         if self.loss_fn is not None:
             loss = loss + self._on_labels(output, split_batch(moved)[1], index)
         if self.teacher is not None:
-            loss = loss + distance(output, self._target(batch, moved, index, kept))
+            loss = loss + self.distance(output, self._target(batch, moved, index, kept))
         if not torch.isfinite(loss) and not all_finite(moved):
             raise CalibrationError(f"batch {index} of the data holds NaN or infinity")
         return loss

@@ -1,6 +1,5 @@
 import copy
 import math
-from functools import partial
 from importlib import import_module
 from itertools import count, product
 
@@ -131,20 +130,19 @@ def test_a_network_is_timed_with_all_that_could_replace_its_layers(monkeypatch) 
             assert timing.grids[key] == coarse_grid(layer.ranks[key])
             assert table.shape == tuple(len(entry) for entry in timing.grids[key])
             assert np.isfinite(table).all() and (table > 0).all()
-            for axis in range(table.ndim):
-                assert (np.diff(table, axis=axis) >= 0).all()
             found = timing.of(key, layer.ranks[key])
             least, most = table.min() * (1 - 1e-9), table.max() * (1 + 1e-9)
             assert ((least <= found) & (found <= most)).all()
-    # What is known is not measured again.
+    # What is known is not measured again: only the network is, and what forms take within it.
     monkeypatch.setattr(latency, "milliseconds", refuse)
     _, again = time_network(model, batch, layers, run, cache)
-    assert {name: timing.dense_ms for name, timing in again.items()} == {
-        name: timing.dense_ms for name, timing in timings.items()
-    }
+    ratios: dict[str, list[float]] = {"dense": []}
     for name, timing in again.items():
+        ratios["dense"].append(timing.dense_ms / timings[name].dense_ms)
         for key, table in timing.tables.items():
-            assert np.array_equal(table, timings[name].tables[key])
+            ratios.setdefault(key, []).extend((table / timings[name].tables[key]).flatten())
+    for of_one_form in ratios.values():
+        assert of_one_form == pytest.approx([of_one_form[0]] * len(of_one_form))
     with pytest.raises(AssertionError, match="measured again"):
         time_network(model, batch, layers, run, TimingCache(None))
 
@@ -159,6 +157,7 @@ def test_times_are_remembered_by_device_threads_shape_and_precision(monkeypatch)
         return float(len(measured))
 
     monkeypatch.setattr(latency, "milliseconds", note)
+    monkeypatch.setattr(latency, "milliseconds_inside", lambda *_: 0.0)  # times stay as they are
 
     def dense_ms(module: nn.Module, *shapes: tuple[int, ...]) -> float:
         dtype = next(module.parameters()).dtype
@@ -180,16 +179,14 @@ def test_times_are_remembered_by_device_threads_shape_and_precision(monkeypatch)
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("noise", [lambda count: 100 - count, lambda count: 1 + count * 7 % 5])
-def test_more_rank_never_takes_less_time(monkeypatch, noise) -> None:
-    """Whatever was measured."""
+def test_times_may_fall_with_rank(monkeypatch) -> None:
+    """What was measured stands: torch runs small convolutions on a slower path than large ones."""
     counter = count()
-    monkeypatch.setattr(latency, "milliseconds", lambda layer, given: float(noise(next(counter))))
+    monkeypatch.setattr(latency, "milliseconds", lambda layer, given: float(100 - next(counter)))
     model = make_model()
     _, timings = time_network(model, make_data()[0], to_time(model), run, TimingCache(None))
     for table in (timings["body"].tables["tucker2"], timings["head"].tables["svd"]):
-        assert all((np.diff(table, axis=axis) >= 0).all() for axis in range(table.ndim))
-        assert (table > 0).all()
+        assert all((np.diff(table, axis=axis) < 0).all() for axis in range(table.ndim))
 
 
 @pytest.mark.usefixtures("quick")
@@ -199,7 +196,7 @@ def test_what_is_left_is_the_network_without_the_layers(monkeypatch) -> None:
     monkeypatch.setattr(latency, "milliseconds", lambda layer, given: 2.0)
     model = make_model()
     for inside, rest in ((4.0, 3), (10.0, 0)):
-        monkeypatch.setattr(latency, "_inside", lambda layers, call, device, t=inside: t)
+        monkeypatch.setattr(latency, "milliseconds_inside", lambda *_, t=inside: t)
         network, _ = time_network(model, make_data()[0], to_time(model), run, TimingCache(None))
         assert (network.dense_ms, network.rest_ms) == (7, rest)
 
@@ -216,13 +213,20 @@ def test_a_network_that_is_much_faster_contiguous_stays_so(monkeypatch, whole, e
     assert network.memory_format == expected and network.dense_ms == min(whole)
 
 
-def test_the_time_inside_layers_is_that_of_their_calls(monkeypatch) -> None:
-    clock = count()  # a second passes whenever it is read
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: float(next(clock)))
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Linear(2, 2))
-    call = partial(model, torch.ones(1, 2))
-    assert latency._inside([model[0], model[2]], call, torch.device("cpu")) == 2000
-    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
+@pytest.mark.usefixtures("quick")
+def test_times_are_in_proportion_to_those_within_the_network(monkeypatch) -> None:
+    """Dense layers to what the network spends in them, forms to what they take in their places."""
+    monkeypatch.setattr(latency, "milliseconds", lambda layer, given: 2.0)
+    monkeypatch.setattr(latency, "milliseconds_inside", lambda *_: 12.0)
+    monkeypatch.setattr(
+        latency, "milliseconds_in_place", lambda forms, *_: 10.0 if len(forms) == 2 else 0.0
+    )
+    model = make_model()
+    _, timings = time_network(model, make_data()[0], to_time(model), run, TimingCache(None))
+    assert {timing.dense_ms for timing in timings.values()} == {6}  # two layers, 2 ms each alone
+    for timing in timings.values():
+        assert (timing.tables["svd"] == 5).all()  # of both layers
+    assert (timings["body"].tables["tucker2"] == 2).all()  # which was never run
 
 
 @pytest.mark.usefixtures("quick")

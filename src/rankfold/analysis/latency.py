@@ -11,7 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ import torch
 from scipy.interpolate import RegularGridInterpolator
 from torch import nn
 
+from rankfold.analysis.in_context import milliseconds_in_place, milliseconds_inside
 from rankfold.analysis.timing_cache import TimingCache
 from rankfold.batches import Forward, device_of, run, running
+from rankfold.cost import example_input
 from rankfold.measure import latencies, wait, with_memory_format
 from rankfold.merging import planned_form
 from rankfold.methods import Method, Rank
@@ -91,7 +93,8 @@ def time_network(
 
     In channels-last format if the network has 2-D convolutions, because thin ones gain most in it,
     unless the runtime leaves no choice or the network is much slower so. The network itself is
-    timed anew, layers are looked up in the cache first.
+    timed anew, layers are looked up in the cache first. In eager mode the times of the layers are
+    then set right by what they and each method's forms take within the network.
     """
     device = device_of(model)
     formats = ["contiguous"]
@@ -102,14 +105,12 @@ def time_network(
         calls = [caller(network, batch, forward, runtime) for network in networks]
         whole = latencies(calls, device, progress)
         chosen = 0 if whole[0] < _MUCH_FASTER * whole[-1] else len(whole) - 1
-        inside = None
-        if runtime == "eager":
-            replaced = [networks[chosen].get_submodule(layer.name) for layer in layers]
-            inside = _inside(replaced, calls[chosen], device)
     stopwatch = _Stopwatch(device, formats[chosen], runtime, cache)
     timings = {layer.name: stopwatch.layer(layer) for layer in progress(layers, "timing layers")}
-    if inside is None:  # layers cannot be told apart within
-        inside = sum(timing.dense_ms for timing in timings.values())
+    if runtime == "eager":
+        with running(networks[chosen]), torch.no_grad():
+            timings = stopwatch.within(networks[chosen], calls[chosen], layers, timings)
+    inside = sum(timing.dense_ms for timing in timings.values())
     rest = max(0.0, whole[chosen] - inside)
     threads = torch.get_num_threads()
     network_timing = NetworkTiming(
@@ -118,32 +119,9 @@ def time_network(
     return network_timing, timings
 
 
-def _inside(layers: Sequence[nn.Module], call: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds that a network spends in these layers, as it runs."""
-    started = spent = 0.0
-
-    def start(module: nn.Module, inputs: Any) -> None:
-        nonlocal started
-        wait(device)
-        started = time.perf_counter()
-
-    def stop(module: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal spent
-        wait(device)
-        spent += time.perf_counter() - started
-
-    hooks = [layer.register_forward_pre_hook(start) for layer in layers]
-    hooks += [layer.register_forward_hook(stop) for layer in layers]
-    found = []
-    try:
-        for _ in range(_RUNS[0]):
-            spent = 0.0
-            call()
-            found.append(spent)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return 1e3 * statistics.median(found)
+def _ratio(inside: float, alone: float) -> float:
+    """1 where nothing was measured: a network may read layers past their forward."""
+    return inside / alone if inside > 0 and alone > 0 else 1.0
 
 
 def device_name(device: torch.device) -> str:
@@ -184,11 +162,49 @@ class _Stopwatch:
                     for rank in product(*grid)
                 ]
             ).reshape([len(entry) for entry in grid])
-            # More rank never takes less time. What says so is noise, and noise only adds.
-            for axis in range(table.ndim):
-                table = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)
+            # Not made to grow with rank: torch runs small convolutions on a slower path than large
+            # ones, so that less may well take longer.
             grids[key], tables[key] = grid, table
         return LayerTiming(dense, grids, tables)
+
+    def within(
+        self,
+        network: nn.Module,
+        call: Callable[[], Any],
+        layers: Sequence[LayerToTime],
+        timings: Mapping[str, LayerTiming],
+    ) -> dict[str, LayerTiming]:
+        """The times of layers alone in proportion to those within the network, form by form."""
+        places = {layer.name: network.get_submodule(layer.name) for layer in layers}
+        inside = milliseconds_inside(list(places.values()), call, self.device)
+        alone = sum(timing.dense_ms for timing in timings.values())
+        of_dense = _ratio(inside, alone)
+        of_methods: dict[str, float] = {}
+        for key in dict.fromkeys(key for timing in timings.values() for key in timing.tables):
+            forms, alone = {}, 0.0
+            for layer in layers:
+                timing = timings[layer.name]
+                if key in timing.tables:
+                    rank = tuple(entry[len(entry) // 2] for entry in timing.grids[key])
+                    form = planned_form(layer.methods[key], layer.module, rank, layer.reader)
+                    forms[places[layer.name]] = self._ready(form)
+                    alone += timing.of(key, [rank]).item()
+            inside = milliseconds_in_place(forms, call, self.device)
+            of_methods[key] = _ratio(inside, alone)
+        return {
+            name: replace(
+                timing,
+                dense_ms=of_dense * timing.dense_ms,
+                tables={key: of_methods[key] * table for key, table in timing.tables.items()},
+            )
+            for name, timing in timings.items()
+        }
+
+    def _ready(self, layer: nn.Module) -> nn.Module:
+        """A copy with random weights, in the memory format that it will have."""
+        ready = filled(layer, self.device)
+        convolves = any(isinstance(module, nn.Conv2d) for module in ready.modules())
+        return with_memory_format(ready, self.memory_format) if convolves else ready
 
     def _milliseconds(
         self, layer: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
@@ -207,11 +223,10 @@ class _Stopwatch:
         return known
 
     def _measure(self, layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> float:
-        ready = filled(layer, self.device)
-        given = torch.rand(shape, device=self.device).to(dtype)
+        ready = self._ready(layer)
+        given = example_input(layer, shape, dtype, self.device)
         convolves = any(isinstance(module, nn.Conv2d) for module in ready.modules())
         if self.memory_format == "channels_last" and convolves and given.dim() == 4:
-            ready = with_memory_format(ready, self.memory_format)
             given = given.to(memory_format=torch.channels_last)
         with torch.no_grad():
             return milliseconds(prepare(ready, given, run, self.runtime), given)

@@ -1,0 +1,194 @@
+"""A text recogniser several times as fast on the clock: convolutions, LSTMs and linear layers.
+
+EasyOCR's `english_g2`, one word at a time, planned for a share of its measured time and recovered
+from its own outputs on rendered words, without labels. In steps, each from what is kept of the one
+before: `plan` analyzes, plans by the clock and factorizes; `recover` trains, and goes on where it
+was if it was stopped; `judge` reads words in fonts held out and times dense and compressed networks
+in turn, on words of three widths. Writes benchmarks/recogniser.json and a table of
+docs/recogniser.md.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from race import between_markers, machine, markdown_table, save
+from torch import nn
+
+import rankfold
+from rankfold.analysis import Analysis
+from rankfold.distances import Divergence
+from rankfold.measure import in_fastest_memory_format, latencies
+from rankfold.search import plan_to_latency
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "examples"))
+
+from ocr_models import make_recogniser
+from rendered_text import split_fonts, word_batches
+from scene_text import words_right
+
+DOCUMENT = HERE.parent / "docs" / "recogniser.md"
+KEPT = HERE / "cache" / "recogniser"
+METHODS = ("tucker2", "svd", "separable", "separable3", "full-rank", "fewer-units")
+STEPS = ("plan", "recover", "judge")
+CALIBRATED_ON = 1000  # words
+TESTED_ON = 1000
+
+
+def calibration() -> list[torch.Tensor]:
+    """One word of the middle width first: it is what is timed; then all of them in batches."""
+    fonts, _ = split_fonts()
+    words = [images for images, _ in word_batches(CALIBRATED_ON, fonts, seed=0)]
+    middle = sorted(words, key=lambda images: images.shape[-1])[len(words) // 2]
+    return [middle[:1], *words]
+
+
+def timed_analysis(model: nn.Module) -> Analysis:
+    kept = KEPT / "analysis"
+    if kept.exists():
+        return Analysis.load(kept)
+    analysis = rankfold.analyze(model, calibration(), methods=METHODS, timed=True)
+    analysis.save(kept)
+    return analysis
+
+
+def plan(latency: float) -> dict[str, Any]:
+    model = make_recogniser()
+    analysis = timed_analysis(model)
+    found = plan_to_latency(
+        model,
+        analysis,
+        latency,
+        calibration()[0],
+        lambda aim: analysis.plan(latency=aim),
+    )
+    rankfold.save(found.model, KEPT / f"factorized-{latency}", force=True)
+    return {
+        "share": found.share,
+        "methods": {e.name: [e.method, e.rank] for e in found.plan.factorized},
+        "macs": found.plan.after.macs / found.plan.before.macs,
+        "parameters": found.plan.after.parameters / found.plan.before.parameters,
+    }
+
+
+def recover(
+    latency: float, words: int, epochs: int, learning_rate: float, temperature: float
+) -> dict[str, Any]:
+    small = rankfold.load(KEPT / f"factorized-{latency}", make_recogniser)
+    fonts, _ = split_fonts()
+    data = [images for images, _ in word_batches(words, fonts, seed=2, batch=32)]
+    done = rankfold.recover(
+        small,
+        data,
+        teacher=make_recogniser(),
+        distance=Divergence(temperature),
+        epochs=epochs,
+        learning_rate=learning_rate,
+        patience=epochs,
+        checkpoint=KEPT / f"recovery-{latency}.pt",
+        progress=Reported(time.perf_counter()),
+    )
+    rankfold.save(small, KEPT / f"recovered-{latency}", force=True)
+    return {
+        "words": words,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "temperature": temperature,
+        "seconds": done.seconds,
+        "scores": [epoch.score for epoch in done.epochs],
+    }
+
+
+class Reported:
+    """A line now and then."""
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+
+    def __call__(self, work: Any, description: str, total: int | None = None) -> Any:
+        print(f"{time.perf_counter() - self.start:.0f} s: {description}", flush=True)
+        return work
+
+
+def judge(latency: float) -> dict[str, Any]:
+    _, held_out = split_fonts()
+    test = word_batches(TESTED_ON, held_out, seed=1)
+    model, networks = make_recogniser(), {}
+    for stage in ("factorized", "recovered"):
+        if (KEPT / f"{stage}-{latency}").exists():
+            networks[stage] = rankfold.load(KEPT / f"{stage}-{latency}", make_recogniser).eval()
+    with torch.no_grad():
+        found: dict[str, Any] = {"dense": words_right(model, test)}
+        found |= {stage: words_right(network, test) for stage, network in networks.items()}
+        small = networks["factorized"]
+        widths = sorted({images.shape[-1] for images, _ in test})
+        found["times"] = {}
+        for width in (widths[1], widths[len(widths) // 2], widths[-2]):
+            word = next(images[:1] for images, _ in test if images.shape[-1] == width)
+            pair = [in_fastest_memory_format(network, word) for network in (model, small)]
+            calls = [lambda network=network, word=word: network(word) for network in pair]
+            found["times"][width] = latencies(calls, torch.device("cpu"), seconds=5)
+    return found
+
+
+def main(
+    latency: Annotated[list[float] | None, typer.Option(help="share of the dense time")] = None,
+    step: Annotated[list[str] | None, typer.Option(help="plan, recover or judge")] = None,
+    words: int = 20_000,
+    epochs: int = 10,
+    learning_rate: float = 1e-3,
+    temperature: float = 1.0,
+    threads: int = 2,
+    out: Path = HERE / "recogniser.json",
+) -> None:
+    torch.set_num_threads(threads)
+    facts = json.loads(out.read_text()) if out.exists() else {"rows": {}}
+    facts["machine"] = machine()
+    for share in latency or (0.22, 0.16):
+        row = facts["rows"].setdefault(str(share), {})
+        for name in step or STEPS:
+            if name == "plan":
+                row["plan"] = plan(share)
+            elif name == "recover":
+                row["recovery"] = recover(share, words, epochs, learning_rate, temperature)
+            else:
+                row["result"] = judge(share)
+            print(share, name, json.dumps(row), flush=True)
+            save(out, facts)
+    write_document(facts)
+
+
+def write_document(facts: dict[str, Any]) -> None:
+    lines = []
+    for share, row in facts["rows"].items():
+        if "result" not in row:
+            continue
+        result = row["result"]
+        speed = [f"{dense / ours:.1f}x ({ours:.1f} ms)" for dense, ours in result["times"].values()]
+        words = [f"{result[s]:.1%}" if s in result else "" for s in ("factorized", "recovered")]
+        kept = [f"{row['plan'][key]:.0%}" for key in ("macs", "parameters")]
+        minutes = f"{row['recovery']['seconds'] / 60:.0f}" if "recovery" in row else ""
+        lines.append((share, *kept, *speed, *words, minutes))
+    dense = next(r["result"]["dense"] for r in facts["rows"].values() if "result" in r)
+    columns = (
+        "share of time asked for",
+        "MACs",
+        "parameters",
+        *("short word", "middle", "long"),
+        f"words right (dense {dense:.1%})",
+        "recovered",
+        "minutes",
+    )
+    on = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
+    between_markers(
+        DOCUMENT, "recogniser", f"{markdown_table(columns, lines)}\n\nMeasured on: {on}."
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,56 @@
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from rankfold.analysis.in_context import milliseconds_in_place, milliseconds_inside
+
+CPU = torch.device("cpu")
+
+
+class Slow(nn.Module):
+    """Takes so many milliseconds, and counts its calls."""
+
+    def __init__(self, milliseconds: float) -> None:
+        super().__init__()
+        self.milliseconds, self.calls = milliseconds, 0
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        time.sleep(1e-3 * self.milliseconds)
+        return tensor + self.milliseconds
+
+
+def test_only_these_layers_are_timed_over_all_their_calls() -> None:
+    first, second = Slow(2), Slow(20)
+
+    def call() -> torch.Tensor:
+        return second(first(first(torch.zeros(1))))
+
+    assert 4 <= milliseconds_inside([first], call, CPU) < 20
+    assert milliseconds_inside([first, second], call, CPU) >= 24
+    assert milliseconds_inside([], call, CPU) == 0
+    assert not first._forward_hooks and not first._forward_pre_hooks
+
+
+def test_forms_get_what_the_layers_get_and_the_network_goes_on_as_it_was() -> None:
+    layer, other, form = Slow(20), Slow(0), Slow(2)
+    seen, given = [], []
+    form.register_forward_pre_hook(lambda module, args: given.append(args[0].item()))
+
+    def call() -> torch.Tensor:
+        output = other(layer(torch.ones(1)))
+        seen.append(output.item())
+        return output
+
+    assert 2 <= milliseconds_in_place({layer: form}, call, CPU) < 20
+    assert set(seen) == {21} and set(given) == {1} and form.calls == layer.calls
+    assert not layer._forward_hooks
+
+
+def test_hooks_are_removed_where_a_network_fails() -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError):
+        milliseconds_in_place({layer: layer}, lambda: layer(torch.ones(3)), CPU)
+    assert not layer._forward_hooks
