@@ -48,13 +48,10 @@ FOR_TIME = "default methods, by time, batch norms folded"
 WITH_BLOCKS = (*DEFAULT_METHODS, "block-diagonal")
 CASES = {
     "svd, weight metric, 50 % of MACs": Case(("svd",), "weight", 0.5),
-    "svd, response metric, 50 %": Case(("svd",), "response", 0.5),
     "svd, fisher metric, 50 %": Case(("svd",), "fisher", 0.5),
-    "block-diagonal, 50 %": Case(("block-diagonal",), "auto", 0.5),
     "default methods, 70 %": Case(DEFAULT_METHODS, "auto", 0.7),
     "default methods, 50 %": Case(DEFAULT_METHODS, "auto", 0.5),
     "default methods, 35 %": Case(DEFAULT_METHODS, "auto", 0.35),
-    "and block-diagonal, 70 %": Case(WITH_BLOCKS, "auto", 0.7),
     "and block-diagonal, 50 %": Case(WITH_BLOCKS, "auto", 0.5),
     "and block-diagonal, 35 %": Case(WITH_BLOCKS, "auto", 0.35),
     FOR_TIME: Case(DEFAULT_METHODS, "auto", None),

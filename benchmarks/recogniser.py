@@ -4,8 +4,8 @@ EasyOCR's `english_g2`, one word at a time, planned for a share of its measured 
 from its own outputs on rendered words, without labels. In steps, each from what is kept of the one
 before: `plan` analyzes, plans by the clock and factorizes; `recover` trains, and goes on where it
 was if it was stopped; `judge` reads words in fonts held out and times dense and compressed networks
-in turn, on words of three widths. Writes benchmarks/recogniser.json and a table of
-docs/recogniser.md.
+in turn, on words of three widths, and in ONNX Runtime on one. Writes benchmarks/recogniser.json and
+a table of docs/recogniser.md.
 """
 
 import json
@@ -21,8 +21,10 @@ from torch import nn
 
 import rankfold
 from rankfold.analysis import Analysis
+from rankfold.batches import run
 from rankfold.distances import Divergence
 from rankfold.measure import in_fastest_memory_format, latencies
+from rankfold.runtime import Runtime, caller
 from rankfold.search import plan_to_latency
 
 HERE = Path(__file__).parent
@@ -81,7 +83,7 @@ def recover(
 ) -> dict[str, Any]:
     small = rankfold.load(KEPT / f"factorized-{latency}", make_recogniser)
     fonts, _ = split_fonts()
-    data = [images for images, _ in word_batches(words, fonts, seed=2, batch=32)]
+    data = [images for images, _ in word_batches(words, fonts, seed=2)]
     done = rankfold.recover(
         small,
         data,
@@ -127,13 +129,21 @@ def judge(latency: float) -> dict[str, Any]:
         found |= {stage: words_right(network, test) for stage, network in networks.items()}
         small = networks["factorized"]
         widths = sorted({images.shape[-1] for images, _ in test})
-        found["times"] = {}
-        for width in (widths[1], widths[len(widths) // 2], widths[-2]):
-            word = next(images[:1] for images, _ in test if images.shape[-1] == width)
-            pair = [in_fastest_memory_format(network, word) for network in (model, small)]
-            calls = [lambda network=network, word=word: network(word) for network in pair]
-            found["times"][width] = latencies(calls, torch.device("cpu"), seconds=5)
+        chosen = {"short": widths[1], "middle": widths[len(widths) // 2], "long": widths[-2]}
+        words = {
+            name: next(images[:1] for images, _ in test if images.shape[-1] == width)
+            for name, width in chosen.items()
+        }
+        found["times"] = {name: times(model, small, word, "eager") for name, word in words.items()}
+        found["times"]["middle, ONNX Runtime"] = times(model, small, words["middle"], "onnxruntime")
     return found
+
+
+def times(dense: nn.Module, small: nn.Module, word: torch.Tensor, runtime: Runtime) -> list[float]:
+    """Milliseconds of both in turns, each in the memory format in which it is faster."""
+    networks = [in_fastest_memory_format(n, word, runtime=runtime) for n in (dense, small)]
+    calls = [caller(network, word, run, runtime) for network in networks]
+    return latencies(calls, torch.device("cpu"), seconds=5)
 
 
 def main(
@@ -174,12 +184,14 @@ def write_document(facts: dict[str, Any]) -> None:
         kept = [f"{row['plan'][key]:.0%}" for key in ("macs", "parameters")]
         minutes = f"{row['recovery']['seconds'] / 60:.0f}" if "recovery" in row else ""
         lines.append((share, *kept, *speed, *words, minutes))
+    if not lines:
+        return
     dense = next(r["result"]["dense"] for r in facts["rows"].values() if "result" in r)
     columns = (
         "share of time asked for",
         "MACs",
         "parameters",
-        *("short word", "middle", "long"),
+        *("short word", "middle", "long", "middle, ONNX Runtime"),
         f"words right (dense {dense:.1%})",
         "recovered",
         "minutes",

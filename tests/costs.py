@@ -8,6 +8,8 @@ costs its parameters at every position of its output, for each slice.
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
 
 import torch
 from torch import nn
@@ -161,6 +163,87 @@ def block_diagonal(of: Plain, width: int, r: int) -> Links:
     return [(of.outputs * width * of.places, of.axes), *svd(of, r)]
 
 
+def network_terms(method: str, layer: nn.Linear, rank: int) -> tuple[list[str], dict[str, int]]:
+    """The indices of a linear layer's factors and their lengths; one block is one number wide."""
+
+    def split(length: int, count: int) -> list[int]:
+        if count == 1:
+            return [length]
+        ways = [
+            sorted([n, *split(length // n, count - 1)])
+            for n in range(1, length + 1)
+            if length % n == 0
+        ]
+        return min(ways, key=lambda way: (sum(way), way))
+
+    count = {"cp": 2, "kronecker": 2, "tensorized-tucker": 2}.get(method, 3)
+    given, made = split(layer.in_features, count), split(layer.out_features, count)
+    in_pairs = method in ("tensorized-train", "block-term", "kronecker")
+    if in_pairs:
+        made = made[::-1]
+    lengths = dict(zip("abc", given, strict=False)) | dict(zip("ABC", made, strict=False))
+    pairs = [g * m for g, m in zip(given, made, strict=True)]
+    names = "ABC"[:count] + "abc"[:count]
+    if method == "cp":
+        return [name + "k" for name in names], lengths | {"k": rank}
+    if method == "kronecker":
+        return ["kAa", "kBb"], lengths | {"k": rank}
+    if method == "block-term":
+        ones = {"l": 1, "m": 1, "n": 1}
+        return ["klmn", "kAal", "kBbm", "kCcn"], lengths | ones | {"k": rank}
+    if method == "tensorized-tucker":
+        ranks = {bond: min(rank, lengths[name]) for bond, name in zip("lmno", names, strict=True)}
+        return ["lmno", "Al", "Bm", "an", "bo"], lengths | ranks
+    if method == "tensorized-train":
+        ranks = {"l": min(rank, pairs[0], pairs[1] * pairs[2])}
+        ranks["m"] = min(rank, pairs[0] * pairs[1], pairs[2])
+        return ["Aal", "lBbm", "mCc"], lengths | ranks
+    slices, whole = min(4, *layer.weight.shape), [*made, *given]
+    bounds = [min(math.prod(whole[:bond]), math.prod(whole[bond:])) for bond in range(1, 6)]
+    ranks = [slices, *(min(rank, slices * bound, max(bounds)) for bound in bounds)]
+    terms = ["lAm", "mBn", "nCo", "oap", "pbq", "qcl"]
+    return terms, lengths | dict(zip("lmnopq", ranks, strict=True))
+
+
+def cheapest(terms: list[str], lengths: dict[str, int], rows: int) -> set[int]:
+    """MACs of the orders of products of a network with rows that cost least, all orders tried.
+
+    A cost is the multiply-accumulates, none of products of single entries, and 64 for each number
+    that is read or written.
+    """
+    sides = [index for index in lengths if index in "abcABC"]
+    kept = frozenset("z" + "".join(index for index in sides if index.isupper()))
+    inputs = frozenset("z" + "".join(index for index in sides if index.islower()))
+    sizes = lengths | {"z": rows}
+
+    def volume(indices: frozenset[str]) -> int:
+        return math.prod(sizes[index] for index in indices)
+
+    @cache
+    def tried(tensors: tuple[frozenset[str], ...]) -> tuple[int, frozenset[int]]:
+        if len(tensors) == 1:
+            return 0, frozenset([0])
+        best, found = math.inf, frozenset()
+        for one, other in combinations(range(len(tensors)), 2):
+            first, second = tensors[one], tensors[other]
+            if not first & second:
+                continue
+            rest = [t for place, t in enumerate(tensors) if place not in (one, other)]
+            made = (first | second) & kept.union(*rest)
+            macs = volume(first | second) if made != first | second else 0
+            cost = macs + 64 * (volume(first) + volume(second) + volume(made))
+            after, behind = tried(tuple(sorted([made, *rest], key=sorted)))
+            if cost + after < best:
+                best, found = cost + after, frozenset()
+            if cost + after == best:
+                found |= {macs + more for more in behind}
+        return best, found
+
+    return set(tried((inputs, *map(frozenset, terms)))[1])
+
+
+NETWORKS = {"tensorized-train", "tensor-ring", "block-term", "cp", "kronecker", "tensorized-tucker"}
+
 BY_HAND = {
     "svd": svd,
     "full-rank": svd,
@@ -184,6 +267,70 @@ BY_HAND = {
 }
 
 
+def circulant(of: Plain, rows: int, _: int) -> tuple[int, int]:
+    return _diagonals(of, rows, max(of.outputs, of.inputs))
+
+
+def toeplitz(of: Plain, rows: int, _: int) -> tuple[int, int]:
+    return _diagonals(of, rows, of.outputs + of.inputs - 1)
+
+
+def _diagonals(of: Plain, rows: int, numbers: int) -> tuple[int, int]:
+    """Each row there and back, and the numbers there."""
+    length = numbers
+    if length != _fast(length):
+        length = _fast(of.outputs + of.inputs - 1)
+    return numbers, (2 * _real(rows, length) + _real(1, length)) // 2
+
+
+def toeplitz_like(of: Plain, rows: int, r: int) -> tuple[int, int]:
+    """Sindhwani et al. 2015; skew-circulant products by transforms of half the length."""
+    half = _fast(-(-max(of.outputs, of.inputs) // 2))
+    skew = _complex(r, half) + _complex(rows, half) + _complex(rows * r, half)
+    circulant = _real(r, 2 * half) + _real(rows * r, 2 * half) + _real(rows, 2 * half)
+    return 2 * r * 2 * half, (skew + circulant) // 2
+
+
+def monarch(of: Plain, rows: int, r: int) -> tuple[int, int]:
+    """Dao et al. 2022; blocks padded where they do not divide a side."""
+    blocks = max(1, round(math.sqrt(min(of.outputs, of.inputs))))
+    lengths = math.ceil(of.inputs / blocks) + math.ceil(of.outputs / blocks)
+    return r * blocks**2 * lengths, rows * r * blocks**2 * lengths
+
+
+def _complex(count: int, length: int) -> int:
+    """Floating-point operations of so many transforms."""
+    return round(5 * count * length * math.log2(length))
+
+
+def _real(count: int, length: int) -> int:
+    return _complex(count, length) // 2
+
+
+def _fast(length: int) -> int:
+    """The next number without prime factors above 5."""
+    powers = [2**a * 3**b * 5**c for a in range(13) for b in range(8) for c in range(6)]
+    return min(number for number in powers if number >= length)
+
+
+# Of linear layers alone, that are no chains: parameters, and MACs of so many rows.
+OF_ROWS = {
+    "circulant": circulant,
+    "toeplitz": toeplitz,
+    "hankel": toeplitz,
+    "toeplitz-like": toeplitz_like,
+    "monarch": monarch,
+}
+
+
+def network_cost(method: str, layer: nn.Linear, rank: int, rows: int) -> tuple[int, set[int]]:
+    """Parameters of a linear layer's network, and the MACs that it may have."""
+    terms, lengths = network_terms(method, layer, rank)
+    parameters = sum(math.prod(lengths[index] for index in term) for term in terms)
+    bias = 0 if layer.bias is None else len(layer.bias)
+    return parameters + bias, cheapest(terms, lengths, rows)
+
+
 def cost_by_hand(
     method: str, layer: nn.Module, rank: tuple[int, ...], given: torch.Size, made: torch.Size
 ) -> tuple[int, int]:
@@ -201,6 +348,9 @@ def cost_by_hand(
     if isinstance(layer, nn.Linear):
         maps, samples = (torch.Size(), torch.Size()), given[:-1].numel()
     of = Plain(rows // groups, columns, tuple(kernel))
+    if method in OF_ROWS:
+        parameters, macs = OF_ROWS[method](of, samples, *rank)
+        return parameters + (0 if layer.bias is None else len(layer.bias)), macs
     links = BY_HAND[method](of, *rank, *((1,) if method == "block-term" else ()))
     macs = 0
     for parameters, walked, *slices in links:

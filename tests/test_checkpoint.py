@@ -103,16 +103,25 @@ class Tied(nn.Module):
 
 def test_shared_weights_and_layers_stay_shared(tmp_path: Path) -> None:
     tokens = torch.arange(6).reshape(2, 3)
-    small = factorized(Tied().eval(), tokens)
-    rankfold.save(small, tmp_path / "small")
-    assert set(load_file(tmp_path / "small/model.safetensors")) == {
-        "embedding.weight",
-        *(f"hidden.{factor}" for factor in ("0.weight", "1.weight", "1.bias")),
-    }
-    loaded = rankfold.load(tmp_path / "small", Tied)
-    assert loaded.output.weight is loaded.embedding.weight and loaded.again is loaded.hidden
-    with torch.no_grad():
-        assert torch.equal(loaded(tokens), small(tokens))
+    model = Tied().eval()
+    for layers in ("*", "hidden"):
+        analysis = rankfold.analyze(model, [tokens], layers=layers)
+        small = rankfold.factorize(model, analysis.plan(fraction=0.25))
+        rankfold.save(small, tmp_path / "small", force=True)
+        table = ("embedding.0.weight", "embedding.1.weight")
+        assert set(load_file(tmp_path / "small/model.safetensors")) == {
+            *(table if layers == "*" else ("embedding.weight",)),
+            *(f"hidden.{factor}" for factor in ("0.weight", "1.weight", "1.bias")),
+        }
+        loaded = rankfold.load(tmp_path / "small", Tied)
+        assert loaded.again is loaded.hidden
+        if layers == "*":
+            assert loaded.output[0].weight is loaded.embedding[1].weight
+            assert loaded.output[1].weight is loaded.embedding[0].weight
+        else:
+            assert loaded.output.weight is loaded.embedding.weight
+        with torch.no_grad():
+            assert torch.equal(loaded(tokens), small(tokens))
 
 
 def edit(saved: Path, key: str, value: object) -> None:

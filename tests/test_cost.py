@@ -1,8 +1,17 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from rankfold.cost import count_layer_macs, count_macs, count_parameters
+from rankfold.cost import (
+    count_layer_macs,
+    count_macs,
+    count_parameters,
+    example_input,
+    shape_of_call,
+)
+from rankfold.layers import TiedLayers, TiedTwoFactor
 
 
 def test_shared_parameters_count_once() -> None:
@@ -62,8 +71,29 @@ def test_a_packed_sequence_is_counted_without_its_padding() -> None:
         (lambda: torch.mv(torch.ones(5, 7), torch.ones(7)), 5 * 7),
         # Every output: the outer product of both inputs with a matrix.
         (lambda: nn.Bilinear(3, 4, 5)(torch.ones(2, 3), torch.ones(2, 4)), 2 * 3 * 4 * 5),
+        # 5 n log₂ n floating-point operations: half as many multiply-accumulates.
+        (lambda: torch.fft.fft(torch.ones(3, 16) + 0j), 3 * 5 * 16 * 4 // 2),
+        (lambda: torch.fft.ifft(torch.ones(3, 16) + 0j, dim=0), round(5 * 48 * math.log2(3)) // 2),
+        (lambda: torch.fft.fft2(torch.ones(3, 8, 16) + 0j), 3 * 5 * 128 * 7 // 2),
+        # Of real numbers the half.
+        (lambda: torch.fft.rfft(torch.ones(3, 16)), 3 * 5 * 16 * 4 // 4),
+        (lambda: torch.fft.rfft(torch.ones(3, 10), 16), 3 * 5 * 16 * 4 // 4),
+        (lambda: torch.fft.irfft(torch.ones(3, 9) + 0j, 16), 3 * 5 * 16 * 4 // 4),
+        (lambda: torch.fft.rfft(torch.ones(3, 1)), 0),
+        (lambda: torch.fft.fft(torch.ones(3, 16)), 3 * 5 * 16 * 4 // 4),
     ],
-    ids=["matrix by vector", "bilinear"],
+    ids=[
+        "matrix by vector",
+        "bilinear",
+        "complex transform",
+        "along another mode, back",
+        "of two modes",
+        "real transform",
+        "padded",
+        "back to real numbers",
+        "of one number",
+        "real, to a whole spectrum",
+    ],
 )
 def test_products_that_torch_does_not_count_are_counted(call, macs) -> None:
     assert count_macs(call) == macs
@@ -73,3 +103,19 @@ def test_an_error_of_the_call_leaves_the_fast_path_on() -> None:
     with pytest.raises(RuntimeError):
         count_macs(lambda: nn.Linear(7, 5)(torch.ones(3)))
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_calls_of_lookups_are_known_by_a_last_mode_of_one() -> None:
+    embedding, linear = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+    ids, cpu = torch.randint(9, (2, 5)), torch.device("cpu")
+    assert shape_of_call(embedding, ids) == (2, 5, 1)
+    assert shape_of_call(linear, torch.randn(2, 5, 4)) == (2, 5, 4)
+    found = example_input(embedding, (2, 5, 1), torch.float32, cpu)
+    assert found.shape == (2, 5) and not found.is_floating_point() and found.max() < 9
+    assert example_input(linear, (2, 1), torch.float64, cpu).dtype == torch.float64
+    linear.weight = embedding.weight
+    tied = TiedLayers([embedding, linear])
+    # A row is looked up for nothing, and multiplied by all of them; as factors both cost.
+    assert count_layer_macs(tied, [(2, 5, 1), (2, 5, 4)]) == 10 * 36
+    form = TiedTwoFactor(tied, 3, "meta")
+    assert count_layer_macs(form, [(2, 5, 1), (2, 5, 4)]) == 10 * (12 + 12 + 27)

@@ -7,7 +7,10 @@ from torch import nn
 
 import rankfold
 from rankfold import search
+from rankfold.analysis.latency import NetworkTiming
+from rankfold.batches import run
 from rankfold.errors import BudgetError
+from rankfold.progress import silent
 from rankfold.search import cheapest_within, plan_to_latency, teacher_agreement
 
 
@@ -148,3 +151,42 @@ def test_compress_by_latency_and_by_drop() -> None:
     small = rankfold.compress(model, data, latency=0.99, epochs=0, loss_metric="weight")
     record = rankfold.record_of(small)
     assert set(record.plan.request) == {"latency"} and record.comparison is not None
+
+
+class SmallTransformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.out = nn.Embedding(40, 32), nn.Linear(32, 40)
+        self.out.weight = self.table.weight
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.eval()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.table(ids)
+        return self.out(hidden + self.attention(hidden, hidden, hidden)[0])
+
+
+def test_projections_and_shared_weights_are_put_back_too(monkeypatch) -> None:
+    clock(monkeypatch, lambda count: 1.0)
+    model, ids = SmallTransformer(), torch.randint(40, (2, 5))
+    plan = rankfold.analyze(model, [ids], metric="weight").plan(fraction=0.25)
+    entries = tuple(
+        replace(
+            entry,
+            before=replace(entry.before, latency_ms=1.0),
+            after=replace(entry.after, latency_ms=0.9),
+        )
+        for entry in plan.layers
+    )
+    plan = replace(plan, layers=entries)
+    assert {entry.name for entry in plan.factorized} == {
+        "table",
+        *(f"attention.{name}_proj" for name in ("q", "k", "v", "out")),
+    }
+    timed = search.TimedPlan(plan, rankfold.factorize(model, plan), 0.9)
+    timing = NetworkTiming(1.0, 0.0, "contiguous", "cpu", 1)
+    found = search._put_back(model, timed, ids, run, timing, silent)
+    assert not found.plan.factorized
+    assert torch.equal(found.model(ids), model(ids))
+    assert found.model.out.weight is found.model.table.weight

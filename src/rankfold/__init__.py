@@ -30,6 +30,7 @@ from rankfold.errors import (
 from rankfold.factorize import factorize
 from rankfold.measure import Comparison, Measurement, accuracy, measure
 from rankfold.plan import Plan
+from rankfold.products import ProductTimes, choose_products
 from rankfold.record import Record, record_of
 from rankfold.recover import Recovery, recover, reestimate_batch_norm
 from rankfold.refit import Refit, refit
@@ -48,6 +49,7 @@ __all__ = [
     "Overrides",
     "Plan",
     "PlanError",
+    "ProductTimes",
     "RankError",
     "RankfoldError",
     "Record",
@@ -58,6 +60,7 @@ __all__ = [
     "__version__",
     "accuracy",
     "analyze",
+    "choose_products",
     "compress",
     "factorize",
     "fold_batch_norms",

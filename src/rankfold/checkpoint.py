@@ -6,6 +6,9 @@ A saved model is a directory:
     plan.json           what was done to which layer, what it cost and brought, and the SHA-256 of
                         the weights file that it belongs to
 
+and for a model of transformers its config.json, generation_config.json and tokenizer files, so that
+it can be loaded without anything else.
+
 Saving is atomic. A new directory is written beside its place and renamed into it. Over an old one,
 the new weights are written under the name model.safetensors.new, plan.json is replaced by a rename,
 which is the moment the new model takes effect, and then the weights get their proper name. A kill
@@ -29,9 +32,11 @@ from torch import nn
 
 from rankfold.errors import CheckpointError, ModelError, PlanError, RankError
 from rankfold.factorize import replace_layers
+from rankfold.layers import StructuredLinear
 from rankfold.merging import Pair, merge_pairs
 from rankfold.methods import reduction
 from rankfold.plan import LayerPlan, Plan
+from rankfold.pretrained import build_pretrained, is_pretrained, write_files
 from rankfold.record import Record, attach_record, record_of
 from rankfold.version import __version__
 
@@ -53,7 +58,8 @@ def save(
 
     `origin` (import paths of the model and data, for `rankfold evaluate`) is written into plan.json
     beside all that the model remembers of its making. An existing saved model is replaced only with
-    `force`; a directory that is none is never touched. Raises CheckpointError if it cannot be
+    `force`; a directory that is none is never touched. A model of transformers has its
+    configuration and tokenizer saved beside. Raises CheckpointError if it cannot be
     written, PlanError for a model that rankfold did not make.
     """
     record = record_of(model)
@@ -69,17 +75,20 @@ def save(
         "recovery": None if record.recovery is None else asdict(record.recovery),
         "comparison": None if record.comparison is None else asdict(record.comparison),
         "merged": record.merged,
+        "by_weight": [name for name, layer in _structured(model) if layer.uses_weight],
         "origin": dict(origin or {}),
     }
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
+            write_files(model, target)
             _write(target, INCOMING, tensors, plan_document)
             (target / INCOMING).replace(target / WEIGHTS)
         else:
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as room:
                 beside = Path(room) / "new"
                 beside.mkdir()
+                write_files(model, beside)
                 _write(beside, WEIGHTS, tensors, plan_document)
                 beside.rename(target)
     except OSError as error:
@@ -88,14 +97,15 @@ def save(
 
 def load(
     directory: Pathlike,
-    like: Callable[[], nn.Module] | nn.Module,
+    like: Callable[[], nn.Module] | nn.Module | None = None,
     *,
     device: torch.device | str | None = None,
 ) -> nn.Module:
     """Read a network that `save` wrote, in eval mode; its outputs are the saved one's, to the bit.
 
     `like` is the factory of the dense network, or such a network (which is copied); its weights do
-    not matter, its architecture and dtypes do. `device` defaults to where the factory puts it.
+    not matter, its architecture and dtypes do. A model of transformers needs none: it is built from
+    the config.json beside. `device` defaults to where the factory puts it.
     Raises CheckpointError, saying what is wrong, for a directory that is missing, damaged, or of
     another network; ModelError if the factory fails.
     """
@@ -106,7 +116,9 @@ def load(
     except PlanError as error:
         raise CheckpointError(f"{source / PLAN}: {error}") from error
     tensors = _read_tensors(source, document)
-    model = _build(like)
+    if like is None and not is_pretrained(source):
+        raise CheckpointError(f"{source} does not say what network it is of: give like=")
+    model = build_pretrained(source) if like is None else _build(like)
     if device is not None:
         model.to(device)
 
@@ -125,6 +137,9 @@ def load(
     except (PlanError, RankError) as error:
         raise CheckpointError(f"{source} is of another network: {error}") from error
     _fill(model, tensors, document["strides"], source)
+    by_weight = document.get("by_weight", [])
+    for name, layer in _structured(model):
+        layer.use_weight(isinstance(by_weight, list) and name in by_weight)
     attach_record(model, Record(plan, document["source_sha256"], merged=merged))
     return model.eval()
 
@@ -167,6 +182,12 @@ def read_plan_document(directory: Pathlike) -> dict[str, Any]:
         if not isinstance(document, dict) or not isinstance(document.get(key), kind):
             raise CheckpointError(f"{path} is damaged or not of rankfold: '{key}' is missing")
     return document
+
+
+def _structured(model: nn.Module) -> Iterator[tuple[str, StructuredLinear]]:
+    for name, layer in model.named_modules():
+        if isinstance(layer, StructuredLinear):
+            yield name, layer
 
 
 def _pairs_of(document: Mapping[str, Any], source: Path) -> tuple[Pair, ...]:

@@ -25,13 +25,14 @@ from rankfold.analysis import Analysis, Overrides, analyze
 from rankfold.batches import Data, Forward, device_of, first_batches, run, tensors_of
 from rankfold.checkpoint import check_target, load, read_plan_document, save
 from rankfold.compress import compress as compress_model
-from rankfold.errors import CheckpointError, DeviceError, RankfoldError
+from rankfold.errors import CalibrationError, CheckpointError, DeviceError, RankfoldError
 from rankfold.factorize import factorize
-from rankfold.imports import resolve_data, resolve_function, resolve_model
+from rankfold.imports import resolve_data, resolve_function, resolve_model, resolve_text
 from rankfold.measure import Comparison, Metric, in_fastest_memory_format, measure
 from rankfold.measure import evaluate as measure_metric
 from rankfold.picture import draw_analysis
 from rankfold.plan import Cost, Plan
+from rankfold.pretrained import is_pretrained
 from rankfold.record import record_of
 from rankfold.recover import Schedule
 from rankfold.runtime import Runtime
@@ -45,9 +46,19 @@ app = typer.Typer(
 )
 people = Console(stderr=True)
 
-ModelPath = Annotated[str, typer.Argument(help="Import path of a model or its factory: pkg:name.")]
+ModelPath = Annotated[
+    str,
+    typer.Argument(
+        help="Import path of a model or its factory: pkg:name; or a directory of transformers."
+    ),
+]
 DataPath = Annotated[
-    str, typer.Option("--data", help="Import path of batches, or of a function that makes them.")
+    str | None,
+    typer.Option("--data", help="Import path of batches, or of a function that makes them."),
+]
+TextPath = Annotated[
+    str | None,
+    typer.Option("--text", help="Plain text to make batches of, for a directory of transformers."),
 ]
 TestPath = Annotated[
     str | None, typer.Option("--test", help="Batches to measure on (default: those of --data).")
@@ -134,7 +145,8 @@ def demo(
 @app.command()
 def inspect(
     model: ModelPath,
-    data: DataPath,
+    data: DataPath = None,
+    text: TextPath = None,
     test: TestPath = None,
     metric: MetricPath = None,
     forward: ForwardPath = None,
@@ -163,7 +175,7 @@ def inspect(
 ) -> None:
     """Show every layer, what a plan does with it, and the network before and after, unrecovered."""
     place = _prepare(device, threads, seed)
-    network, batches, judged = _load_inputs(model, data, test, place)
+    network, batches, judged = _load_inputs(model, data, text, test, place)
     run_forward, measured = _load_functions(forward, metric)
     analysis = analyze(
         network,
@@ -211,8 +223,9 @@ def inspect(
 @app.command()
 def compress(
     model: ModelPath,
-    data: DataPath,
     out: Out,
+    data: DataPath = None,
+    text: TextPath = None,
     test: TestPath = None,
     metric: MetricPath = None,
     forward: ForwardPath = None,
@@ -258,7 +271,7 @@ def compress(
     """
     check_target(out, force)
     place = _prepare(device, threads, seed)
-    network, batches, judged = _load_inputs(model, data, test, place)
+    network, batches, judged = _load_inputs(model, data, text, test, place)
     run_forward, measured = _load_functions(forward, metric)
     training_state = out.absolute().with_name(out.absolute().name + ".recovery.pt")
     small = compress_model(
@@ -289,7 +302,9 @@ def compress(
         seed=seed,
         progress=_progress,
     )
-    names = {"model": model, "data": data, "test": test, "metric": metric, "forward": forward}
+    place_of_model = str(Path(model).absolute()) if is_pretrained(model) else model
+    names = {"model": place_of_model, "data": data, "test": test, "metric": metric}
+    names |= {"forward": forward, "text": str(Path(text).absolute()) if text else None}
     save(small, out, force=force, origin={key: name for key, name in names.items() if name})
     training_state.unlink(missing_ok=True)
     comparison = record_of(small).comparison
@@ -319,6 +334,7 @@ def evaluate(
         str | None, typer.Option("--model", help="As for compress (default: what was used then).")
     ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Likewise.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Likewise.")] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="Likewise.")] = None,
     forward: Annotated[str | None, typer.Option("--forward", help="Likewise.")] = None,
     seed: Seed = 0,
@@ -333,12 +349,14 @@ def evaluate(
     """
     origin = read_plan_document(directory)["origin"]
     model = model or origin.get("model")
-    data = data or origin.get("test") or origin.get("data")
-    if not (isinstance(model, str) and isinstance(data, str)):
+    if data is None and text is None:
+        data, text = origin.get("test") or origin.get("data"), origin.get("text")
+        text = None if data else text
+    if not (isinstance(model, str) and isinstance(data or text, str)):
         raise CheckpointError(f"{directory} does not say its model and data: give --model, --data")
     place = _prepare(device, threads, seed)
-    people.print(f"model {model}, data {data}", highlight=False)
-    network, batches, _ = _load_inputs(model, data, None, place)
+    people.print(f"model {model}, data {data or text}", highlight=False)
+    network, batches, _ = _load_inputs(model, data, text, None, place)
     run_forward, measured = _load_functions(
         forward or origin.get("forward"), metric or origin.get("metric")
     )
@@ -373,11 +391,15 @@ def _prepare(device: str, threads: int | None, seed: int) -> torch.device:
 
 
 def _load_inputs(
-    model: str, data: str, test: str | None, place: torch.device
+    model: str, data: str | None, text: str | None, test: str | None, place: torch.device
 ) -> tuple[nn.Module, Data, Data]:
     """The model on its device, in eval mode, the data, and the data to measure on."""
+    if (data is None) == (text is None):
+        raise CalibrationError(
+            "give the batches with --data, or with --text a text to make them of"
+        )
     network = resolve_model(model).to(place).eval()
-    batches = resolve_data(data)
+    batches = resolve_data(data) if data is not None else resolve_text(text or "", model)
     return network, batches, resolve_data(test) if test else batches
 
 

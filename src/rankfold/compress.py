@@ -15,6 +15,7 @@ from rankfold.factorize import factorize
 from rankfold.measure import Metric, evaluate, in_fastest_memory_format, measure
 from rankfold.methods import Methods
 from rankfold.plan import Plan
+from rankfold.products import choose_products
 from rankfold.progress import Progress, silent
 from rankfold.record import attach_record, record_of
 from rankfold.recover import LossFunction, Schedule, recover
@@ -66,7 +67,8 @@ def compress(
     With `merge` batch norms are folded at the end, and adjacent layers multiplied
     (`merge_adjacent`), which is for a network that is not trained further.
 
-    The network is put in the memory format in which it runs faster, and compared with the
+    Layers of small tensors keep their whole weight where that is faster (`choose_products`). The
+    network is put in the memory format in which it runs faster, and compared with the
     original, itself in its faster format, on `test` (by default `data`): what
     `record_of(model).comparison` holds. All times are those of the `runtime`. The original is left
     as it is.
@@ -146,6 +148,7 @@ def compress(
     attach_record(small, record)
     if merge:
         small = merge_adjacent(small, batch, forward=forward)
+    choose_products(small, batch, forward=forward)
     comparison = measure(
         in_fastest_memory_format(model, batch, forward, progress, runtime),
         small,

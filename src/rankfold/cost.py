@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankfold.layers import FewerUnits
+from rankfold.layers import ReducedStates
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -48,16 +48,35 @@ def count_layer_macs(layer: nn.Module, input_shapes: Sequence[Sequence[int]]) ->
         warnings.simplefilter("ignore")
 
         def count(shape: Sequence[int]) -> int:
-            given = torch.empty(tuple(shape), dtype=dtype, device="meta")
+            given = example_input(layer, shape, dtype, torch.device("meta"))
             return count_macs(partial(layer, given))
 
-        if isinstance(layer, nn.RNNBase | FewerUnits):
+        if isinstance(layer, nn.RNNBase | ReducedStates):
             return sum(_count_steps(layer, shape, count) for shape in input_shapes)
         return sum(map(count, input_shapes))
 
 
+def shape_of_call(layer: nn.Module, given: torch.Tensor) -> tuple[int, ...]:
+    """A call is remembered by the shape of its input; a lookup by that of the ids, and a 1."""
+    is_lookup = isinstance(layer, nn.Embedding)
+    return (*given.shape, 1) if is_lookup else tuple(given.shape)
+
+
+def example_input(
+    layer: nn.Module, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Something that a layer can be called with, from the shape of a call: random numbers, or ids.
+
+    Of `TiedLayers` a last mode of 1 is a lookup.
+    """
+    count = getattr(layer, "num_embeddings", None)
+    if count is not None and shape[-1] == 1:
+        return torch.randint(int(count), tuple(shape[:-1]), device=device)
+    return torch.rand(tuple(shape), device=device).to(dtype)
+
+
 def _count_steps(
-    layer: nn.RNNBase | FewerUnits, shape: Sequence[int], count: Callable[[Sequence[int]], int]
+    layer: nn.RNNBase | ReducedStates, shape: Sequence[int], count: Callable[[Sequence[int]], int]
 ) -> int:
     """Of a recurrent layer from two counts: the meta device goes slowly through equal steps."""
     axis = 1 if layer.batch_first and len(shape) == 3 else 0
@@ -106,9 +125,39 @@ def _trilinear_flops(
     return 2 * math.prod(map(max, *expanded))
 
 
+def _complex_transform_flops(shape: Sequence[int], modes: Sequence[int], *_: Any, **__: Any) -> int:
+    return _transform_flops(shape, modes)
+
+
+def _real_transform_flops(shape: Sequence[int], modes: Sequence[int], *_: Any, **__: Any) -> int:
+    return _transform_flops(shape, modes) // 2
+
+
+def _inverse_real_transform_flops(
+    shape: Sequence[int], modes: Sequence[int], _: int, length: int, **__: Any
+) -> int:
+    """Of half a spectrum to a real tensor so long along the last of its modes."""
+    whole = list(shape)
+    whole[modes[-1]] = length
+    return _transform_flops(whole, modes) // 2
+
+
+def _transform_flops(shape: Sequence[int], modes: Sequence[int]) -> int:
+    """5 n log₂ n for a complex transform of n numbers, half of it for a real one.
+
+    The customary count of a fast Fourier transform whose length is a power of two (Van Loan:
+    Computational frameworks for the fast Fourier transform. 1992, section 1.4), taken for all.
+    """
+    length = math.prod(shape[mode] for mode in modes)
+    return round(5 * math.prod(shape) * math.log2(length)) if length else 0
+
+
 _NOT_COUNTED_BY_TORCH: dict[Any, Any] = {
     torch.ops.aten.mkldnn_rnn_layer: _onednn_recurrent_flops,
     torch.ops.aten._cudnn_rnn: _cudnn_recurrent_flops,
     torch.ops.aten.mv: _matrix_vector_flops,
     torch.ops.aten._trilinear: _trilinear_flops,
+    torch.ops.aten._fft_c2c: _complex_transform_flops,
+    torch.ops.aten._fft_r2c: _real_transform_flops,
+    torch.ops.aten._fft_c2r: _inverse_real_transform_flops,
 }

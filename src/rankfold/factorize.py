@@ -1,19 +1,22 @@
 """Applying a plan to a network: a new network, the original untouched."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import cast
 
 from torch import nn
 
 from rankfold.analysis import Analysis
 from rankfold.errors import ModelError, PlanError, RankError
 from rankfold.fingerprint import weights_sha256
+from rankfold.layers import TiedLayers
 from rankfold.merging import merge_readouts
 from rankfold.methods import WEIGHT_METRIC, reduction
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
 from rankfold.record import Record, attach_record
 from rankfold.replacement import put_in_place
+from rankfold.unfusing import leave_fast_paths, unfuse
 
 MakeLayer = Callable[[LayerPlan, nn.Module], nn.Module]
 
@@ -56,20 +59,33 @@ def factorize(
     return small
 
 
+def _layer_of(entry: LayerPlan, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """What an entry is about: a layer, or several that share a weight; None if there is none."""
+    if not entry.tied:
+        return modules.get(entry.name)
+    found = [modules.get(name) for name in (entry.name, *entry.tied)]
+    weights = {id(getattr(layer, "weight", None)) for layer in found}
+    if any(layer is None for layer in found) or len(weights) != 1:
+        raise PlanError(f"the model does not tie it to {', '.join(entry.tied)}")
+    return TiedLayers(cast("list[nn.Module]", found))
+
+
 def replace_layers(
     model: nn.Module, plan: Plan, make: MakeLayer, progress: Progress = silent
 ) -> nn.Module:
     """Put `make(entry, layer)` in the place of every layer that the plan factorizes, in `model`.
 
-    A module that several parents share is replaced for all of them. Readouts are then merged into
-    the layers that read them. Raises PlanError, naming the
-    layer, if there is no such layer or it is not the one that was planned.
+    A module that several parents share is replaced for all of them. An `nn.MultiheadAttention` of
+    which a projection is factorized becomes one of linear layers (`UnfusedAttention`). Readouts are
+    then merged into the layers that read them. Raises PlanError, naming the layer, if there is no
+    such layer or it is not the one that was planned.
     """
+    model = unfuse(model, [entry.name for entry in plan.factorized])
     modules = dict(model.named_modules())
     made: dict[nn.Module, nn.Module] = {}
     for entry in progress(plan.factorized, "factorizing", len(plan.factorized)):
-        layer = modules.get(entry.name)
         try:
+            layer = _layer_of(entry, modules)
             if layer is None:
                 raise PlanError("the model has no such layer")
             if repr(layer) != entry.layer:
@@ -79,4 +95,6 @@ def replace_layers(
             error.add_note(f"while factorizing layer '{entry.name}'")
             raise
     readers = {entry.name: entry.reader for entry in plan.factorized if entry.reader is not None}
-    return merge_readouts(put_in_place(model, made), readers)
+    model = merge_readouts(put_in_place(model, made), readers)
+    leave_fast_paths(model)
+    return model

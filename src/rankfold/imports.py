@@ -1,4 +1,4 @@
-"""Objects named by import path on the command line: `package.module:name`."""
+"""Objects named on the command line: `package.module:name`, or a directory of transformers."""
 
 import importlib
 import sys
@@ -10,6 +10,7 @@ from torch import nn
 
 from rankfold.batches import Data
 from rankfold.errors import CalibrationError, ModelError, RankfoldError
+from rankfold.pretrained import is_pretrained, load_pretrained, text_batches
 
 
 def resolve(path: str, what: str) -> Any:
@@ -37,13 +38,27 @@ def resolve(path: str, what: str) -> Any:
 
 
 def resolve_model(path: str) -> nn.Module:
-    """The module at the path, or what the factory there returns; raises ModelError."""
+    """The module at the path, or what the factory there returns, or that of a directory.
+
+    A directory is one of a model of transformers (`rankfold.pretrained`). Raises ModelError.
+    """
+    if is_pretrained(path):
+        return load_pretrained(path)
+    if ":" not in path and Path(path).is_dir():
+        raise ModelError(f"{path} is a directory without the config.json of a model")
     found = resolve(path, "model")
     if not isinstance(found, nn.Module):
         found = _made_by(found, path, ModelError)
     if not isinstance(found, nn.Module):
         raise ModelError(f"model '{path}' gives a {type(found).__name__}, not an nn.Module")
     return found
+
+
+def resolve_text(path: str, model: str) -> Data:
+    """A plain text file as batches for the model of a directory; raises CalibrationError."""
+    if not is_pretrained(model):
+        raise CalibrationError(f"a text needs the tokenizer of a model's directory, not '{model}'")
+    return text_batches(model, path)
 
 
 def resolve_data(path: str) -> Data:

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from rankfold.batches import (
 )
 from rankfold.cost import count_macs, count_parameters
 from rankfold.errors import CalibrationError, ModelError, RankfoldError
+from rankfold.layers import StructuredLinear
 from rankfold.progress import Progress, silent
 from rankfold.runtime import Runtime, caller
 
@@ -62,6 +63,8 @@ class Comparison:
     memory_formats: tuple[str, str]
     output_error: float  # norm of the outputs' difference over that of the original's outputs
     runtime: Runtime = "eager"  # that the latencies are of
+    products: tuple[str, ...] = ()
+    """Of layers of small tensors in the second: what their products take in either way."""
 
     @property
     def speedup(self) -> float:
@@ -72,7 +75,8 @@ class Comparison:
         table = Table(
             title=f"batch {self.batch_size}, {self.threads} threads, {self.device}, {self.runtime}",
             caption=f"memory format: {' → '.join(self.memory_formats)}; "
-            f"relative output error {self.output_error:.3g}",
+            f"relative output error {self.output_error:.3g}"
+            + "".join(f"\n{one}" for one in self.products),
         )
         for column in ("", "before", "after", "ratio"):
             table.add_column(column, justify="left" if not column else "right")
@@ -152,7 +156,8 @@ def measure(
     )
     formats = memory_format_of(original), memory_format_of(model)
     threads = torch.get_num_threads()
-    return Comparison(before, after, size, threads, str(device), formats, error, runtime)
+    products = tuple(_products(model))
+    return Comparison(before, after, size, threads, str(device), formats, error, runtime, products)
 
 
 def evaluate(metric: Metric, model: nn.Module, data: Data) -> float:
@@ -313,6 +318,15 @@ def output_error(original: Any, model: Any) -> float:
     )
     norm = sum(tensor.double().square().sum() for tensor in first)
     return float((difference / norm).sqrt()) if norm else float(difference) ** 0.5
+
+
+def _products(model: nn.Module) -> Iterator[str]:
+    """In which way each structured layer that was timed multiplies, and what both ways take."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, StructuredLinear) and layer.product_times is not None:
+            factors, weight = layer.product_times
+            by = "weight" if layer.uses_weight else "factors"
+            yield f"{name} by {by}: {factors:.3g} ms by factors, {weight:.3g} ms by weight"
 
 
 def _call(forward: Forward, model: nn.Module, batch: Any) -> Callable[[], Any]:

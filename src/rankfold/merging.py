@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rankfold.errors import PlanError
-from rankfold.layers import CONVOLUTIONS, TRANSPOSED, Dense, FewerUnits, Transposed
+from rankfold.layers import CONVOLUTIONS, TRANSPOSED, Dense, ReducedStates, Transposed
 from rankfold.methods import Method, Rank, reduction
 from rankfold.replacement import put_in_place
 
@@ -99,7 +99,7 @@ def merge_readouts(model: nn.Module, readers: Mapping[str, str]) -> nn.Module:
         form, first = modules[name], modules[reader]
         if isinstance(first, nn.Sequential):
             first = first[0]
-        if not isinstance(form, FewerUnits) or type(first) is not nn.Linear:
+        if not isinstance(form, ReducedStates) or type(first) is not nn.Linear:
             continue
         if form.readout.out_features == first.in_features:
             merged_layers[form] = _without_readout(form)
@@ -119,7 +119,7 @@ def planned_form(
 
 
 def _without_readout(form: nn.Module) -> nn.Module:
-    return form.recurrent if isinstance(form, FewerUnits) else form
+    return form.recurrent if isinstance(form, ReducedStates) else form
 
 
 def _without_factors(model: nn.Module) -> Iterable[tuple[nn.Module, nn.Module]]:

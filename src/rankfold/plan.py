@@ -39,6 +39,7 @@ class LayerPlan:
     loss: float = 0.0
     reason: str | None = None
     reader: str | None = None  # the linear layer that takes in a readout, if the form has one
+    tied: tuple[str, ...] = ()  # layers with the same weight, factorized with it, their factors too
 
     def make_method(self) -> Method:
         """The method with its settings; raises PlanError if there is no such method or setting."""
@@ -159,7 +160,10 @@ def _layer_from_json(document: Any, where: str) -> LayerPlan:
         loss=float(loss),
         reason=_take(document, "reason", text, where),
         reader=_take({"reader": None, **document}, "reader", text, where),
+        tied=tuple(_take({"tied": [], **document}, "tied", (list, tuple), where)),
     )
+    if not all(isinstance(name, str) for name in layer.tied):
+        raise PlanError(f"{where}: 'tied' is {layer.tied!r:.80}, not names of layers")
     if method is not None:
         layer.make_method()
     return layer

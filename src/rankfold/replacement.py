@@ -3,15 +3,20 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 from torch import nn
+
+from rankfold.layers import TiedLayers
 
 
 def put_in_place(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """The model with every place of these layers taken by others, shared ones included.
 
-    Changes `model`; what is returned is another module only if the model itself is replaced.
+    `TiedLayers` have their layers' places taken by those of their form. Changes `model`; what is
+    returned is another module only if the model itself is replaced.
     """
+    replacements = _one_by_one(replacements)
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements:
             if not path:
@@ -24,6 +29,7 @@ def put_in_place(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
 @contextmanager
 def swapped(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterator[nn.Module]:
     """Within: `put_in_place`; after: the model as it was."""
+    replacements = _one_by_one(replacements)
     undo: list[Callable[[], None]] = []
     for path, module in model.named_modules(remove_duplicate=False):
         if path and module in replacements:
@@ -34,3 +40,14 @@ def swapped(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> It
     finally:
         for restore in undo:
             restore()
+
+
+def _one_by_one(replacements: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, nn.Module]:
+    """Layers that share a weight are no module of the model, each of them is."""
+    single: dict[nn.Module, nn.Module] = {}
+    for old, new in replacements.items():
+        if isinstance(old, TiedLayers):
+            single |= zip(old, cast(nn.ModuleList, new), strict=True)
+        else:
+            single[old] = new
+    return single

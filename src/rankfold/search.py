@@ -33,6 +33,7 @@ from rankfold.plan import Cost, LayerPlan, Plan
 from rankfold.progress import Progress, silent
 from rankfold.replacement import put_in_place
 from rankfold.runtime import Runtime, caller
+from rankfold.unfusing import unfuse
 
 _ROUNDS = 5
 _CLOSE = 0.02  # of the dense time: near enough to the latency asked for
@@ -184,12 +185,13 @@ def _put_back(
     ]
     restored: list[str] = []
     share = timed.share
+    original = unfuse(copy.deepcopy(model), [entry.name for entry in doubtful])
     for entry in progress(doubtful, "putting back what does not pay"):
-        names = [entry.name, *([] if entry.reader is None else [entry.reader])]
+        names = [entry.name, *entry.tied, *([] if entry.reader is None else [entry.reader])]
         other = copy.deepcopy(timed.model)
         back = {
             other.get_submodule(name): with_memory_format(
-                model.get_submodule(name), timing.memory_format
+                original.get_submodule(name), timing.memory_format
             )
             for name in names
         }

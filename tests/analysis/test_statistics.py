@@ -14,6 +14,7 @@ from rankfold.analysis.curvature import Identity, Labels, Softmax
 from rankfold.analysis.statistics import gather
 from rankfold.batches import run
 from rankfold.errors import CalibrationError
+from rankfold.layers import TiedLayers
 
 
 def of_one_layer(layer: nn.Module, *batches: torch.Tensor, **options):
@@ -563,3 +564,60 @@ def test_of_a_grouped_transposed_convolution_each_group_has_its_moments() -> Non
     rows = batch.movedim(1, -1).reshape(-1, 2, 3).movedim(1, 0)
     assert same(found.inputs, rows.mT @ rows / rows.shape[1])
     assert found.gradients["identity"].shape == (2, 2, 2)
+
+
+def test_frequencies_of_tokens_and_gradients_at_their_vectors() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)).eval()
+    batches = [torch.tensor([[0, 1, 1], [4, 1, 0]]), torch.tensor([[0, 0, 0]])]
+    found = gather(model, {"0": model[0], "1": model[1]}, batches, run, [Identity()])
+    # As if each token had been there once more.
+    torch.testing.assert_close(
+        found["0"].inputs, torch.tensor([6, 4, 1, 1, 2], dtype=torch.float64) / 14
+    )
+    assert found["0"].positions == 3
+    # What reaches the vectors is what leaves the linear layer, through its weight.
+    weight = model[1].weight.detach().double()
+    expected = weight.mT @ found["1"].gradients["identity"] @ weight
+    torch.testing.assert_close(found["0"].gradients["identity"], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_of_very_many_outputs_the_diagonal(monkeypatch) -> None:
+    model, batches = nn.Sequential(nn.Linear(3, 6)).eval(), [torch.randn(4, 3), torch.randn(4, 3)]
+    whole = gather(model, {"0": model[0]}, batches, run, [Identity()])["0"]
+    monkeypatch.setattr("rankfold.analysis.statistics.DIAGONAL_LIMIT", 5)
+    found = gather(model, {"0": model[0]}, batches, run, [Identity()])["0"]
+    torch.testing.assert_close(
+        found.gradients["identity"], whole.gradients["identity"].diagonal().contiguous()
+    )
+
+
+@pytest.mark.parametrize("first", ["embedding", "linear"])
+def test_a_shared_weight_costs_what_its_users_lose(first: str) -> None:
+    """For errors of rank one in rows or columns alone: there the one product is the sum of two."""
+    torch.manual_seed(0)
+    embedding, linear = nn.Embedding(5, 3), nn.Linear(3, 5)
+    linear.weight = embedding.weight
+    model = nn.Sequential(embedding, nn.Tanh(), linear).eval()
+    layers = [embedding, linear] if first == "embedding" else [linear, embedding]
+    batches = [torch.randint(5, (4, 6))]
+    apart = gather(model, {"0": embedding, "1": linear}, batches, run, [Identity()])
+    found = gather(model, {"0": TiedLayers(layers)}, batches, run, [Identity()])["0"]
+    together = [found.inputs, found.gradients["identity"]]
+    lookups = [apart["0"].inputs, apart["0"].gradients["identity"]]
+    products = [apart["1"].gradients["identity"].diagonal(), apart["1"].inputs]
+
+    def loss(pair: list[torch.Tensor], positions: float, error: torch.Tensor) -> torch.Tensor:
+        rows, columns = pair
+        return positions / 2 * (rows[:, None] * error * (error @ columns)).sum()
+
+    for place in range(5):  # the same error in every column's direction, in one row
+        total = torch.zeros((), dtype=torch.float64)
+        ours = torch.zeros((), dtype=torch.float64)
+        for column in range(3):
+            error = torch.zeros(5, 3, dtype=torch.float64)
+            error[place, column] = 1
+            total += loss(lookups, apart["0"].positions, error)
+            total += loss(products, apart["1"].positions, error)
+            ours += loss(together, found.positions, error)
+        torch.testing.assert_close(ours, total)

@@ -7,6 +7,8 @@ from torch.nn.utils import parametrizations
 from rankfold.analysis.survey import survey
 from rankfold.batches import run
 from rankfold.errors import CalibrationError, ModelError
+from rankfold.layers import TiedLayers
+from rankfold.unfusing import unfused
 
 
 def reasons(model: nn.Module, batch: object) -> dict[str, str | None]:
@@ -73,7 +75,46 @@ def test_layers_whose_weight_a_parent_reads_directly() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
     found = reasons(encoder.eval(), torch.randn(2, 5, 16))
     assert {name for name in found if "linear" in name} == {"layers.0.linear1", "layers.0.linear2"}
-    assert all("reads its weight directly" in reason for reason in found.values())
+    assert found["layers.0.linear1"] is found["layers.0.linear2"] is None
+    assert "reads its weight directly" in found["layers.0.self_attn.out_proj"]
+    with unfused(encoder):
+        opened = reasons(encoder, torch.randn(2, 5, 16))
+    assert len(opened) == 6 and set(opened.values()) == {None}
+
+
+def test_layers_that_share_a_weight_are_one_layer() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.hidden = nn.Embedding(9, 4), nn.Linear(4, 4)
+            self.spare, self.out = nn.Embedding(9, 4), nn.Linear(4, 9)
+            self.spare.weight = self.out.weight = self.table.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.out(self.hidden(self.table(ids)))
+
+    model, ids = Model(), torch.randint(9, (2, 5))
+    first, _, *others = survey(model, [ids], run, 1).layers
+    assert isinstance(first.module, TiedLayers)
+    assert list(first.module) == [model.table, model.spare, model.out]
+    assert (first.name, first.tied, first.reason) == ("table", ("spare", "out"), None)
+    assert first.input_shapes == ((2, 5, 1), (2, 5, 4))
+    assert [one.reason for one in others] == [
+        "it shares the weight of 'table' and is factorized with it"
+    ] * 2
+    # All or none of them.
+    model.out.register_forward_hook(lambda *_: None)
+    found = reasons(model, ids)
+    assert found["table"] == "its weight is also that of 'spare'" and "hooks" in found["out"]
+
+    class Reads(Model):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) + self.table.weight.sum()
+
+    assert "also that of" in reasons(Reads(), ids)["table"]
+    part = Model()
+    part.out.weight = nn.Parameter(part.table.weight.detach())  # the same memory alone
+    assert "also that of" in reasons(part, ids)["out"]
 
 
 def test_layers_whose_weight_the_model_reads_past_their_forward() -> None:

@@ -53,11 +53,11 @@ def test_the_outputs_are_read_from_the_smaller_layer(kind, settings) -> None:
     layer = make(kind, settings)
     form = filled(layer, 10)
     given = sequences(layer)[0]
-    kept_states = form._restricted(start_of(layer, given))
+    kept_states = form.restricted(start_of(layer, given))
     output, states = form(given, start_of(layer, given))
     small, small_states = form.recurrent(given, kept_states)
     assert_same(output, small @ form.readout.weight.mT)
-    assert_same(form._restricted(states), small_states)
+    assert_same(form.restricted(states), small_states)
     # The last output of the first direction is the top layer's state there.
     last = output[:, -1] if layer.batch_first else output[-1]
     first = (states[0] if kind is nn.LSTM else states)[-directions_of(layer)]

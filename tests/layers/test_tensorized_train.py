@@ -8,7 +8,8 @@ from torch import nn
 from rankfold.decompose import tensor_train_matrix
 from rankfold.errors import RankError
 from rankfold.layers import TensorizedTrainConvolution, channel_modes, tensorized_limits
-from rankfold.layers.tensorized_train import TrainCore, balanced_modes, train_matrices
+from rankfold.layers.modes import balanced_modes
+from rankfold.layers.tensorized_train import TrainCore, train_matrices
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,12 @@ from rankfold.analysis.metrics import (
     typical_scale,
 )
 from rankfold.analysis.planning import Limit, choose_within_budget
+from rankfold.analysis.statistics import Layer
 from rankfold.analysis.survey import SurveyedLayer, survey
 from rankfold.analysis.timing import with_timings
 from rankfold.batches import Data, Forward, run
 from rankfold.cost import count_layer_macs, count_parameters
 from rankfold.errors import BudgetError, CalibrationError, ModelError, UnsupportedLayerError
-from rankfold.layers import Dense, Recurrent, Transposed
 from rankfold.methods import (
     WEIGHT_METRIC,
     Family,
@@ -48,6 +48,7 @@ from rankfold.methods import (
 )
 from rankfold.progress import Progress, silent
 from rankfold.runtime import Runtime, check_runtime
+from rankfold.unfusing import unfused
 
 # Shares of the MACs of the layers that can be factorized at which the metrics compete.
 _TRIALS = (0.5, 0.25)
@@ -113,50 +114,49 @@ def analyze(
         raise CalibrationError("batches and held_out must be at least 1")
     chosen = make_methods(methods)
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    surveyed = survey(model, data, forward, batches if metric == "weight" else 1, progress)
-    _check_names(patterns, [layer.name for layer in surveyed.layers])
-    looked = [_look(layer, chosen, patterns) for layer in progress(surveyed.layers, "decomposing")]
-    able = {
-        one.layer.name: cast("Dense | Transposed | Recurrent", one.module)
-        for one in looked
-        if one.layer.methods
-    }
-    calibration = None
-    if metric != "weight" and able:
-        calibration = calibrate(
-            model,
-            data,
-            able,
-            forward=forward,
-            outputs=outputs,
-            loss_fn=loss_fn,
-            temperatures=temperatures,
-            batches=batches,
-            held_out=held_out,
-            seed=seed,
-            progress=progress,
+    with unfused(model) as opened:
+        surveyed = survey(opened, data, forward, batches if metric == "weight" else 1, progress)
+        _check_names(patterns, [layer.name for layer in surveyed.layers])
+        looked = [
+            _look(layer, chosen, patterns) for layer in progress(surveyed.layers, "decomposing")
+        ]
+        able = {one.layer.name: cast("Layer", one.module) for one in looked if one.layer.methods}
+        calibration = None
+        if metric != "weight" and able:
+            calibration = calibrate(
+                opened,
+                data,
+                able,
+                forward=forward,
+                outputs=outputs,
+                loss_fn=loss_fn,
+                temperatures=temperatures,
+                batches=batches,
+                held_out=held_out,
+                seed=seed,
+                progress=progress,
+            )
+        bench = _Workbench(looked, surveyed.macs, calibration, damping, progress)
+        checks: list[Check] = []
+        trials: list[Trial] = []
+        if calibration is None:
+            fitted = bench.fit("weight")
+        elif metric != "auto":
+            fitted = bench.fit(metric)
+            if check:
+                fitted, checks = bench.correct(fitted)
+        else:
+            fitted, checks, trials = bench.compete(check)
+        analysis = Analysis(
+            tuple(fitted.layers),
+            count_parameters(opened),
+            sum(parameter.nbytes for parameter in opened.parameters()),
+            surveyed.macs,
+            surveyed.batch_size,
+            fitted.metric,
+            tuple(checks),
+            tuple(trials),
         )
-    bench = _Workbench(looked, surveyed.macs, calibration, damping, progress)
-    checks: list[Check] = []
-    trials: list[Trial] = []
-    if calibration is None:
-        fitted = bench.fit("weight")
-    elif metric != "auto":
-        fitted = bench.fit(metric)
-        if check:
-            fitted, checks = bench.correct(fitted)
-    else:
-        fitted, checks, trials = bench.compete(check)
-    analysis = Analysis(
-        tuple(fitted.layers),
-        count_parameters(model),
-        sum(parameter.nbytes for parameter in model.parameters()),
-        surveyed.macs,
-        surveyed.batch_size,
-        fitted.metric,
-        tuple(checks),
-        tuple(trials),
-    )
     if not timed:
         return analysis
     return with_timings(analysis, model, data, forward=forward, runtime=runtime, progress=progress)
@@ -214,6 +214,7 @@ def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence
         {key: grid_of(family) for key, family in plain.items()},
         element_size=size,
         reader=surveyed.reader,
+        tied=surveyed.tied,
     )
     costs = {
         key: below_break_even(module, able[key], family.ranks(), shapes, dense, surveyed.reader)

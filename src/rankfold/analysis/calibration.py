@@ -10,10 +10,9 @@ from torch import nn
 
 from rankfold.analysis.curvature import Curvature, Identity, Labels, Outputs, Softmax
 from rankfold.analysis.divergence import Judge
-from rankfold.analysis.statistics import Statistics, gather
+from rankfold.analysis.statistics import Layer, Statistics, gather
 from rankfold.batches import Data, Forward, all_finite, device_of, first_batches, held_out_first
 from rankfold.errors import CalibrationError
-from rankfold.layers import Dense, Recurrent, Transposed
 from rankfold.progress import Progress
 
 
@@ -28,7 +27,7 @@ class Calibration:
 def calibrate(
     model: nn.Module,
     data: Data,
-    layers: Mapping[str, Dense | Transposed | Recurrent],
+    layers: Mapping[str, Layer],
     *,
     forward: Forward,
     outputs: Outputs | None,

@@ -49,6 +49,7 @@ class AnalysedLayer:
     element_size: int = 4  # bytes of one parameter
     timing: LayerTiming | None = None
     reader: str | None = None  # the linear layer that will take in a readout of its outputs
+    tied: tuple[str, ...] = ()  # the layers that share its weight, and are factorized with it
 
 
 def grid_of(family: Family) -> tuple[tuple[int, ...], ...]:
@@ -66,8 +67,10 @@ def below_break_even(
 ) -> dict[Rank, Counts]:
     """The ranks of one method that pay, and what they cost (without what a reader takes in).
 
-    That is no more parameters and no more MACs than the dense layer, and fewer of one.
+    That is no more parameters and no more MACs than the dense layer, and fewer of one. A lookup
+    multiplies nothing, so of an embedding alone the parameters count.
     """
+    free = dense[1] == 0
 
     def count(rank: Rank) -> Counts:
         skeleton = planned_form(method, layer, rank, reader)
@@ -76,7 +79,9 @@ def below_break_even(
     return {
         rank: cost
         for rank, cost in zip(ranks, costs_of_ranks(count, ranks), strict=True)
-        if cost != dense and all(ours <= theirs for ours, theirs in zip(cost, dense, strict=True))
+        if cost != dense
+        and cost[0] <= dense[0]
+        and (cost[1] <= dense[1] or (free and cost[0] < dense[0]))
     }
 
 

@@ -25,6 +25,7 @@ from rankfold.analysis.in_context import milliseconds_in_place, milliseconds_ins
 from rankfold.analysis.timing_cache import TimingCache
 from rankfold.batches import Forward, device_of, run, running
 from rankfold.cost import example_input
+from rankfold.layers import TiedLayers
 from rankfold.measure import latencies, wait, with_memory_format
 from rankfold.merging import planned_form
 from rankfold.methods import Method, Rank
@@ -175,9 +176,11 @@ class _Stopwatch:
         timings: Mapping[str, LayerTiming],
     ) -> dict[str, LayerTiming]:
         """The times of layers alone in proportion to those within the network, form by form."""
+        # Those that share a weight are in several places.
+        layers = [layer for layer in layers if not isinstance(layer.module, TiedLayers)]
         places = {layer.name: network.get_submodule(layer.name) for layer in layers}
         inside = milliseconds_inside(list(places.values()), call, self.device)
-        alone = sum(timing.dense_ms for timing in timings.values())
+        alone = sum(timings[name].dense_ms for name in places)
         of_dense = _ratio(inside, alone)
         of_methods: dict[str, float] = {}
         for key in dict.fromkeys(key for timing in timings.values() for key in timing.tables):

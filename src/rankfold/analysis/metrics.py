@@ -59,7 +59,8 @@ def moments_of(
     if name == "svd-llm":
         return Moments(inputs=_damped(statistics.inputs, _INPUT_DAMPING))
     if name == "asvd":
-        return Moments(inputs=torch.diag_embed(statistics.magnitudes))
+        by_input = statistics.magnitudes
+        return Moments(by_input if statistics.inputs.dim() == 1 else torch.diag_embed(by_input))
     if not statistics.gradients:
         inputs = None if name in ("weight", "fwsvd") else statistics.inputs
         if inputs is None:
@@ -67,8 +68,10 @@ def moments_of(
         return Moments(_damped(inputs, _INPUT_DAMPING), None, typical)
     gradients = _gradients(statistics, curvature)
     if name == "fwsvd":
-        squares = _damped(gradients, 1e-6).diagonal(dim1=-2, dim2=-1)
-        return Moments(gradients=torch.diag_embed(squares))
+        squares = _damped(gradients, 1e-6)
+        if squares.dim() > 1:
+            squares = torch.diag_embed(squares.diagonal(dim1=-2, dim2=-1))
+        return Moments(gradients=squares)
     inputs = _damped(statistics.inputs, _INPUT_DAMPING)
     half = statistics.positions / 2
     mean_gradient = _mean_square(gradients)
@@ -97,6 +100,8 @@ def _gradients(statistics: Statistics, curvature: str) -> torch.Tensor:
 
 def _mean_square(moment: torch.Tensor) -> float:
     """The mean eigenvalue, over all blocks of a moment that has some."""
+    if moment.dim() == 1:  # the diagonal itself
+        return moment.mean().item()
     return moment.diagonal(dim1=-2, dim2=-1).mean().item()
 
 
@@ -106,5 +111,7 @@ def _damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
     A block of nothing beside others gets its share of their mean.
     """
     mean = _mean_square(moment)
+    if moment.dim() == 1:
+        return moment + damping * mean if mean > 0 else torch.ones_like(moment)
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype).expand_as(moment)
     return identity if mean == 0 else moment + damping * mean * identity

@@ -196,4 +196,5 @@ def layer_plan(
         rank=choice.rank,
         loss=choice.loss,
         reader=layer.reader,
+        tied=layer.tied,
     )

@@ -28,12 +28,18 @@ from rankfold.layers import (
     Convolution,
     Dense,
     Recurrent,
+    TiedLayers,
     Transposed,
     block_names,
+    has_features_last,
 )
+
+Layer = Dense | Transposed | Recurrent | nn.Embedding | TiedLayers
 
 # Up to this many entries of a patch its whole moment is kept; of larger ones, the channels'.
 PATCH_LIMIT = 2304
+# Of more outputs than this only the diagonal of the gradients' moment is kept.
+DIAGONAL_LIMIT = 8192
 # Positions of a call that count at most: this many, or so many that all batches together give ten
 # times the entries of a patch.
 _POSITIONS = 1024
@@ -46,19 +52,22 @@ class Statistics:
 
     Those of a grouped convolution are stacked, one for the channels of each group. Of a recurrent
     layer `inputs` and `gradients` are (layers * directions, hidden, hidden) and `magnitudes`
-    (layers * directions, hidden): of the states, in the order of h_n.
+    (layers * directions, hidden): of the states, in the order of h_n. Of an embedding `inputs` and
+    `magnitudes` are the frequencies of the tokens, (n,), as if each had been there once more: a few
+    batches without one do not say that it never comes.
     """
 
     inputs: torch.Tensor  # A = E[x xᵀ], of patches (in * kernel,) squared, or channels (in, in)
     magnitudes: torch.Tensor  # E|x|, (in * kernel,) or (in,) likewise
-    gradients: Mapping[str, torch.Tensor]  # by curvature: G = E[g gᵀ], (out, out)
+    gradients: Mapping[str, torch.Tensor]  # by curvature: G = E[g gᵀ], (out, out), or, of more than
+    # DIAGONAL_LIMIT outputs, its diagonal (out,)
     positions: float  # at which the weight is applied in one sample: the outputs of the layer,
     # or the inputs of a transposed convolution
 
 
 def gather(
     model: nn.Module,
-    layers: Mapping[str, Dense | Transposed | Recurrent],
+    layers: Mapping[str, Layer],
     batches: Iterable[Any],
     forward: Forward,
     curvatures: Sequence[Curvature],
@@ -75,6 +84,10 @@ def gather(
     CalibrationError, naming layer and batch, for activations or gradients that are not finite,
     ModelError for a model that does not run.
     """
+    tied = {name: layer for name, layer in layers.items() if isinstance(layer, TiedLayers)}
+    parts = {f"{name}, {i}": one for name, layer in tied.items() for i, one in enumerate(layer)}
+    single: dict[str, Any] = {n: one for n, one in layers.items() if n not in tied}
+    layers = single | parts
     sums = {name: [_Sums() for _ in _blocks(layer)] for name, layer in layers.items()}
     draws = {curvature.name: probes for curvature in curvatures}
     watcher = _Watcher(sums, draws, expected, torch.Generator().manual_seed(seed))
@@ -97,11 +110,58 @@ def gather(
     finally:
         for hook in hooks:
             hook.remove()
-    return {
+    found = {
         name: _stacked([block.mean(samples) for block in blocks], layers[name])
         for name, blocks in sums.items()
         if blocks[0].positions > 0
     }
+    for name, layer in tied.items():
+        known = [found.pop(f"{name}, {place}", None) for place in range(len(layer))]
+        uses = [(one, use) for one, use in zip(known, layer, strict=True) if one is not None]
+        if uses:
+            found[name] = _of_shared(uses, [curvature.name for curvature in curvatures])
+    return found
+
+
+def _of_shared(uses: Sequence[tuple[Statistics, nn.Module]], names: Sequence[str]) -> Statistics:
+    """Of a weight E (n, d) that several layers use: as of an embedding, all their losses together.
+
+    An error Δ of E costs a layer ½ T tr(Δᵀ D Δ S): D (n,) weighs its rows, S (d, d) its columns.
+    The inputs of an embedding are D, its gradients S; of a linear layer it is the other way round,
+    with the diagonal of its gradients' moment. The sum of the products D ⊗ S is taken for the one
+    product with the same sums over rows and over columns, D that of the first curvature.
+    """
+    rows: torch.Tensor | None = None
+    columns: dict[str, torch.Tensor] = {}
+    for name in names:
+        weighed = [_weights_of(one, layer, name) for one, layer in uses]
+        pairs = [
+            (one.positions, *both) for (one, _), both in zip(uses, weighed, strict=True) if both
+        ]
+        if not pairs:
+            continue
+        columns[name] = torch.stack([t * d.sum() * s for t, d, s in pairs]).sum(0)
+        if rows is None:
+            rows = torch.stack([t * s.trace() * d for t, d, s in pairs]).sum(0)
+    if rows is None:
+        looked_up = [one.inputs for one, layer in uses if isinstance(layer, nn.Embedding)]
+        outputs = cast(Any, uses[0][1]).weight.shape[0]
+        rows = looked_up[0] if looked_up else torch.ones(outputs, dtype=torch.float64)
+    total = rows.sum()
+    rows = rows / total if total > 0 else torch.full_like(rows, 1 / len(rows))
+    return Statistics(rows, rows, columns, 1.0)
+
+
+def _weights_of(
+    statistics: Statistics, layer: nn.Module, curvature: str
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """D and S of one layer's use of a shared weight; None without gradients."""
+    gradients = statistics.gradients.get(curvature)
+    if gradients is None:
+        return None
+    if isinstance(layer, nn.Embedding):
+        return statistics.inputs, gradients
+    return gradients if gradients.dim() == 1 else gradients.diagonal(), statistics.inputs
 
 
 def _blocks(layer: nn.Module) -> Sequence[str]:
@@ -143,19 +203,33 @@ class _Sums:
         self.magnitudes = magnitude + (0 if self.magnitudes is None else self.magnitudes)
         self.positions += positions
 
+    def add_lookups(self, ids: torch.Tensor, count: int) -> None:
+        """Of token ids of any shape, of so many tokens that there are."""
+        found = torch.bincount(ids.flatten(), minlength=count).double()
+        # Begun with one of each.
+        self.inputs = (torch.ones_like(found) if self.inputs is None else self.inputs) + found
+        self.magnitudes = self.inputs
+        self.positions += ids.numel()
+
     def add_gradients(self, curvature: str, rows: torch.Tensor, positions: int) -> None:
         """Likewise; `count_gradients` says over how many it will be the mean."""
         share = positions / max(1, rows.shape[-2])
-        self.gradients[curvature] = add_gram(self.gradients.get(curvature), rows, share)
+        total = self.gradients.get(curvature)
+        if rows.shape[-1] > DIAGONAL_LIMIT:
+            squares = share * rows.double().square().sum(-2)
+            self.gradients[curvature] = squares if total is None else total + squares
+        else:
+            self.gradients[curvature] = add_gram(total, rows, share)
 
     def count_gradients(self, curvature: str, positions: int) -> None:
         self.gradient_counts[curvature] = self.gradient_counts.get(curvature, 0) + positions
 
     def mean(self, samples: int) -> Statistics:
         assert self.inputs is not None and self.magnitudes is not None
+        seen = self.positions + (len(self.inputs) if self.inputs.dim() == 1 else 0)
         return Statistics(
-            (self.inputs / self.positions).cpu(),
-            (self.magnitudes / self.positions).cpu(),
+            (self.inputs / seen).cpu(),
+            (self.magnitudes / seen).cpu(),
             {
                 name: (total / self.gradient_counts[name]).cpu()
                 for name, total in self.gradients.items()
@@ -193,12 +267,16 @@ class _Watcher:
             given = dict(zip(("input", "hx"), inputs, strict=False), **named)
             return self._recurrent(name, module, given["input"], given.get("hx"), output)
         (total,) = self.sums[name]
-        rows = (inputs[0] if inputs else named["input"]).detach()
+        rows = (inputs[0] if inputs else next(iter(named.values()))).detach()
         with torch.inference_mode(False), torch.no_grad():
             self._check(rows, f"layer '{name}' is given", "")
-            multiplied = rows if isinstance(module, TRANSPOSED) else output
-            positions = multiplied.numel() // module.weight.shape[0]
-            total.add_inputs(_by_group(module, self._input_rows(module, rows)), positions)
+            if isinstance(module, nn.Embedding):
+                total.add_lookups(rows, module.num_embeddings)
+            else:
+                multiplied = rows if isinstance(module, TRANSPOSED) else output
+                outputs = output.shape[-1] if has_features_last(module) else module.weight.shape[0]
+                positions = multiplied.numel() // outputs
+                total.add_inputs(_by_group(module, self._input_rows(module, rows)), positions)
         if not torch.is_grad_enabled() or output.is_inference():
             return output
         return _watched(output, partial(self._backward, name, module))
@@ -207,7 +285,7 @@ class _Watcher:
         (total,) = self.sums[name]
         every = gradient.detach()
         self._check(every, f"layer '{name}' gets", "gradients ")
-        if not isinstance(module, nn.Linear):
+        if not has_features_last(module):
             every = _batched(module, every).movedim(1, -1)
         every = every.reshape(-1, every.shape[-1])
         rows = every[self._some(len(every), every.shape[1])]
@@ -243,9 +321,9 @@ class _Watcher:
         if not all_finite(tensor):
             raise CalibrationError(f"{who} {what}NaN or infinity on batch {self.batch}")
 
-    def _input_rows(self, layer: Dense | Transposed, given: torch.Tensor) -> torch.Tensor:
+    def _input_rows(self, layer: Any, given: torch.Tensor) -> torch.Tensor:
         """What the layer multiplies its weight with, one position a row."""
-        if isinstance(layer, nn.Linear):
+        if has_features_last(layer):
             rows = given.reshape(-1, given.shape[-1])
             return rows[self._some(len(rows), rows.shape[1])]
         if isinstance(layer, TRANSPOSED) or layer.weight[0].numel() > PATCH_LIMIT:
@@ -270,7 +348,7 @@ class _Watcher:
 
 def _by_group(layer: Dense | Transposed, rows: torch.Tensor) -> torch.Tensor:
     """Rows (positions, entries); of a grouped convolution (groups, positions, entries of each)."""
-    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    groups = 1 if has_features_last(layer) else cast(Convolution, layer).groups
     if groups == 1:
         return rows
     return rows.reshape(len(rows), groups, rows.shape[1] // groups).movedim(1, 0)

@@ -119,6 +119,7 @@ def _to_json(index: int, layer: AnalysedLayer, tensors: dict[str, torch.Tensor])
         "macs": layer.macs,
         "reason": layer.reason,
         "reader": layer.reader,
+        "tied": layer.tied,
         "element_size": layer.element_size,
         "scale": layer.moments.scale,
         "methods": {
@@ -186,6 +187,7 @@ def _from_json(
         _count(entry, "element_size"),
         timing,
         entry.get("reader"),
+        tuple(str(name) for name in entry.get("tied", ())),
     )
 
 

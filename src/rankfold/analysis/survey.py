@@ -1,9 +1,9 @@
 """Which layers a network has, what they are called with, and which must be left alone."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,12 +22,12 @@ from rankfold.batches import (
     run_or_explain,
     running,
 )
-from rankfold.cost import count_macs
+from rankfold.cost import count_macs, shape_of_call
 from rankfold.errors import CalibrationError, ModelError
+from rankfold.layers import TiedLayers
 from rankfold.progress import Progress, silent
 
-# These read `linear1.weight` and its like directly on their fast path, past any forward.
-_READERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
+_ALSO = "its weight is also that of"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class SurveyedLayer:
     input_shapes: tuple[tuple[int, ...], ...]  # one per call
     reason: str | None  # why it must be left alone whatever the method, or None
     reader: str | None = None  # of a recurrent layer: what alone reads its outputs, if linear
+    tied: tuple[str, ...] = ()  # of `TiedLayers`: the other layers' names
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def survey(
         given = inputs[0] if inputs else None
         given = given.data if isinstance(given, PackedSequence) else given
         if current == 0 and isinstance(given, torch.Tensor):
-            shapes.setdefault(module, []).append(tuple(given.shape))
+            shapes.setdefault(module, []).append(shape_of_call(module, given))
         if not all_finite(output):
             raise CalibrationError(
                 f"layer '{names[module]}' ({type(module).__name__}) gives NaN or infinity on "
@@ -115,19 +116,21 @@ def survey(
     direct = {
         child: type(m).__name__
         for m in model.modules()
-        if isinstance(m, _READERS)
+        if isinstance(m, nn.MultiheadAttention)
         for child in m.modules()
         if child is not m
     }
     reasons: dict[nn.Module, str | None] = {}
     for module in owners:
-        reason = unhooked[module]
-        if parametrize.is_parametrized(module):
+        reason = None
+        if unhooked[module] is not None:
+            reason = unhooked[module]
+        elif parametrize.is_parametrized(module):
             reason = "its weight is parametrized: remove the parametrizations first"
         elif (kind := _unusual_kind(module)) is not None:
             reason = f"its weight is {kind}"
         elif module in shared:
-            reason = f"its weight is also that of '{shared[module]}'"
+            reason = f"{_ALSO} '{shared[module]}'"
         elif module in direct:
             reason = f"{direct[module]} reads its weight directly"
         elif module not in shapes:
@@ -135,14 +138,65 @@ def survey(
         elif module in reads.found:
             reason = "the model reads its weight directly"
         reasons[module] = reason
+    groups = _tied_groups(reasons, shapes, reads.found)
     layers = []
     for module, reason in reasons.items():
+        if (group := groups.get(module)) is not None and module is group[0]:
+            layers.append(_tied_layer(group, names, shapes))
+            continue
+        if group is not None:
+            reason = f"it shares the weight of '{names[group[0]]}' and is factorized with it"
         reader = readers.only_reader(module) if isinstance(module, nn.RNNBase) else None
         # The reader's weight will change too.
         alone = None if reader is None or reasons[reader] is not None else names[reader]
         called_with = tuple(shapes.get(module, ()))
         layers.append(SurveyedLayer(names[module], module, called_with, reason, alone))
     return Survey(tuple(layers), macs, size)
+
+
+def _tied_groups(
+    reasons: Mapping[nn.Module, str | None],
+    called: Mapping[nn.Module, object],
+    read: Collection[nn.Module],
+) -> dict[nn.Module, TiedLayers]:
+    """By layer the layers that share its weight, where that is all that speaks against them.
+
+    Embeddings and linear layers whose whole weight is one parameter, all of them called but for
+    embeddings that are there to be shared.
+    """
+    by_weight: dict[int, list[nn.Module]] = {}
+    for module in reasons:
+        if type(module) in (nn.Embedding, nn.Linear):
+            by_weight.setdefault(id(module.weight), []).append(module)
+    groups: dict[nn.Module, TiedLayers] = {}
+    for members in by_weight.values():
+        storage = cast(torch.Tensor, members[0].weight).untyped_storage().data_ptr()
+        sharing = [
+            module
+            for module in reasons
+            for own in module.parameters(recurse=False)
+            if own.untyped_storage().data_ptr() == storage
+        ]
+        if (
+            len(members) > 1
+            and len(sharing) == len(members)
+            and not any(one in read for one in members)
+            and any(one in called for one in members)
+            and all(one in called or isinstance(one, nn.Embedding) for one in members)
+            and all((reasons[one] or "").startswith(_ALSO) for one in members)
+        ):
+            groups |= dict.fromkeys(members, TiedLayers(members))
+    return groups
+
+
+def _tied_layer(
+    group: TiedLayers,
+    names: Mapping[nn.Module, str],
+    shapes: Mapping[nn.Module, Sequence[tuple[int, ...]]],
+) -> SurveyedLayer:
+    first, *others = (names[layer] for layer in group)
+    calls = tuple(shape for layer in group for shape in shapes.get(layer, ()))
+    return SurveyedLayer(first, group, calls, None, None, tuple(others))
 
 
 def check_weights(model: nn.Module) -> None:
@@ -166,7 +220,10 @@ class _OutsideReads(TorchFunctionMode):
 
     def __init__(self, owners: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.owner = {id(module.weight): module for module in owners if hasattr(module, "weight")}
+        self.owners: dict[int, list[nn.Module]] = {}  # by id of a weight, which several may share
+        for module in owners:
+            if hasattr(module, "weight"):
+                self.owners.setdefault(id(module.weight), []).append(module)
         self.inside: list[nn.Module] = []
         self.found: set[nn.Module] = set()
 
@@ -180,9 +237,9 @@ class _OutsideReads(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         for argument in (*args, *(kwargs or {}).values()):
-            module = self.owner.get(id(argument))
-            if module is not None and module not in self.inside:
-                self.found.add(module)
+            sharing = self.owners.get(id(argument), [])
+            if not any(module in self.inside for module in sharing):
+                self.found.update(sharing)
         return function(*args, **(kwargs or {}))
 
 

@@ -15,6 +15,7 @@ from rankfold.errors import PlanError
 from rankfold.methods import Rank
 from rankfold.progress import Progress, silent
 from rankfold.runtime import Runtime, check_runtime
+from rankfold.unfusing import unfused
 
 if TYPE_CHECKING:
     from rankfold.analysis.analysis import Analysis
@@ -38,14 +39,15 @@ def with_timings(
     model is not the one that was analysed, DeviceError for a runtime that is not installed.
     """
     check_runtime(runtime)
-    found = {layer.name: layer for layer in survey(model, data, forward, 1).layers}
-    to_time = [
-        _to_time(layer, found.get(layer.name)) for layer in analysis.layers if layer.candidates
-    ]
-    batch = next(first_batches(data, 1, device_of(model)))
-    timing, layers = time_network(
-        model, batch, to_time, forward, cache or TimingCache(), progress, runtime
-    )
+    with unfused(model) as opened:
+        found = {layer.name: layer for layer in survey(opened, data, forward, 1).layers}
+        to_time = [
+            _to_time(layer, found.get(layer.name)) for layer in analysis.layers if layer.candidates
+        ]
+        batch = next(first_batches(data, 1, device_of(model)))
+        timing, layers = time_network(
+            opened, batch, to_time, forward, cache or TimingCache(), progress, runtime
+        )
     timed = tuple(replace(layer, timing=layers.get(layer.name)) for layer in analysis.layers)
     return replace(analysis, layers=timed, timing=timing)
 

@@ -49,7 +49,7 @@ def assign_factors(
             weight.reshape(factor.weight.shape).contiguous(),
             dense.weight.requires_grad and factor.weight.requires_grad,
         )
-    if dense.bias is not None:
+    if getattr(dense, "bias", None) is not None:  # an embedding has none
         cast("Any", form[-1]).bias = nn.Parameter(
             dense.bias.detach().clone(), dense.bias.requires_grad
         )

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from rankfold.layers.form import factors_of, fill_dense
+from rankfold.layers.form import fill_dense
 
 
 class Factor(nn.Module):
@@ -37,14 +38,16 @@ class Factor(nn.Module):
 class StructuredLinear(nn.ModuleList):
     """y = W x + b, W (out, in) a function of the factors that are its modules.
 
-    A subclass says what the weight is (`to_weight`), how rows of inputs are multiplied by it without
-    writing it out (`product`), and what variance its factors have at first (`reset_parameters`).
+    A subclass says what the weight is (`to_weight`), how rows of inputs are multiplied by it
+    without writing it out (`product`), and what variance its factors have at first
+    (`reset_parameters`).
 
     Where the product with the whole weight is faster than that with the factors, `use_weight(True)`
     has a layer in eval mode write its weight out once, and multiply by that until it is trained.
     """
 
     cached: torch.Tensor | None
+    __repr__ = nn.Module.__repr__  # that of a list has no place for the layer's own facts
 
     def __init__(
         self,
@@ -63,6 +66,8 @@ class StructuredLinear(nn.ModuleList):
         )
         self.in_features, self.out_features = in_features, out_features
         self.uses_weight = False
+        # Milliseconds by the factors and by the weight, where `choose_products` has timed both.
+        self.product_times: tuple[float, float] | None = None
         self.register_buffer("cached", None, persistent=False)
         self.reset_parameters()
 
@@ -83,15 +88,15 @@ class StructuredLinear(nn.ModuleList):
 
     @property
     def factors(self) -> list[torch.Tensor]:
-        return [factor.weight for factor in factors_of(self)]
+        return [factor.weight for factor in self]  # type: ignore[misc]
 
     @property
     def _bias(self) -> torch.Tensor | None:
-        return factors_of(self)[-1].bias
+        return self[-1].bias  # type: ignore[return-value]
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.uses_weight and not self.training:
-            return functional.linear(tensor, self._written_out(), self._bias)
+            return functional.linear(tensor, self.written_out(), self._bias)
         rows = tensor.reshape(math.prod(tensor.shape[:-1]), self.in_features)
         made = self.product(rows).reshape(*tensor.shape[:-1], self.out_features)
         return made if self._bias is None else made + self._bias
@@ -117,12 +122,24 @@ class StructuredLinear(nn.ModuleList):
         return dense
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        if self.product_times is None:
+            return sizes
+        factors, weight = self.product_times
+        by = "weight" if self.uses_weight else "factors"
+        return f"{sizes}, by {by}: {factors:.3g} ms by factors, {weight:.3g} ms by weight"
 
-    def _written_out(self) -> torch.Tensor:
-        if torch.is_grad_enabled() or self.cached is None:
+    def written_out(self) -> torch.Tensor:
+        """The weight in the factors' precision; in eval mode, without gradients, it is kept."""
+        if self.cached is not None and not torch.is_grad_enabled():
+            return self.cached
+        with torch.autocast(self.factors[0].device.type, enabled=False):
             weight = self.to_weight()
-            if torch.is_grad_enabled():
-                return weight
+        # What a program that is being made computes is none of this layer's own.
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             self.cached = weight
-        return self.cached
+        return weight
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.cached = None
+        super()._load_from_state_dict(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from itertools import pairwise
 from typing import cast
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from rankfold.layers.chain import Convolution, all_axes, dense_convolution, link
 from rankfold.layers.form import check_ranks, factors_of
+from rankfold.layers.modes import balanced_modes
 from rankfold.layers.shared import SharedLayer
 
 Modes = Sequence[tuple[int, int]]  # (of outputs, of inputs), pair by pair
@@ -131,19 +131,6 @@ def channel_modes(layer: Convolution, count: int) -> list[tuple[int, int]]:
     """
     made, given = (balanced_modes(n, count) for n in (layer.out_channels, layer.in_channels))
     return list(zip(reversed(made), given, strict=True))
-
-
-@cache
-def balanced_modes(length: int, count: int) -> tuple[int, ...]:
-    """The `count` factors of a length, ascending, whose sum is the least."""
-    if count == 1:
-        return (length,)
-    splits = (
-        tuple(sorted((factor, *balanced_modes(length // factor, count - 1))))
-        for factor in range(1, length + 1)
-        if length % factor == 0
-    )
-    return min(splits, key=lambda factors: (sum(factors), factors))
 
 
 def tensorized_limits(layer: Convolution, modes: Modes) -> tuple[int, ...]:

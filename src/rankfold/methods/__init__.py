@@ -11,22 +11,30 @@ from rankfold.errors import RankfoldError
 from rankfold.methods.bicluster import Bicluster
 from rankfold.methods.block_diagonal import BlockDiagonal
 from rankfold.methods.block_term import BlockTerm
+from rankfold.methods.circulant import Circulant, Hankel, Toeplitz
 from rankfold.methods.cp import CanonicalPolyadic, SeparableCanonicalPolyadic
 from rankfold.methods.fewer_units import RemoveUnits
 from rankfold.methods.fixed_basis import FixedBasis
 from rankfold.methods.flattened import Flattened
 from rankfold.methods.full_rank import FullRank
 from rankfold.methods.interpolative import Interpolative
+from rankfold.methods.kronecker import Kronecker
 from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_ranks, other_kind
 from rankfold.methods.moments import WEIGHT_METRIC, Moments
+from rankfold.methods.monarch import Monarch
 from rankfold.methods.monochromatic import Monochromatic
+from rankfold.methods.projected_units import ProjectUnits
 from rankfold.methods.separable import Separable
 from rankfold.methods.separable3 import Separable3
 from rankfold.methods.separable_basis import SeparableBasis
+from rankfold.methods.split_svd import SplitLowRank
 from rankfold.methods.svd import LowRank
 from rankfold.methods.tensor_ring import TensorRing
 from rankfold.methods.tensor_train import TensorTrain
+from rankfold.methods.tensor_train_embedding import EmbeddingTrain
 from rankfold.methods.tensorized_train import TensorizedTrain
+from rankfold.methods.tensorized_tucker import TensorizedTucker
+from rankfold.methods.toeplitz_like import ToeplitzLike
 from rankfold.methods.tucker2 import Tucker2
 from rankfold.methods.tucker_cp import TuckerCP
 
@@ -35,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         Tucker2,
         LowRank,
+        SplitLowRank,
         Separable,
         Separable3,
         SeparableBasis,
@@ -46,19 +55,28 @@ METHODS: dict[str, type[Method]] = {
         TuckerCP,
         TensorTrain,
         TensorizedTrain,
+        TensorizedTucker,
+        Kronecker,
         BlockTerm,
         Bicluster,
         TensorRing,
         BlockDiagonal,
+        Monarch,
+        ToeplitzLike,
+        Circulant,
+        Toeplitz,
+        Hankel,
         Interpolative,
+        EmbeddingTrain,
         FullRank,
         RemoveUnits,
+        ProjectUnits,
     )
 }
 
 # Those that an analysis tries unless it is told others: quick to fit, and often the best.
 # Interpolative is not among them: where samples are few, its predictions are far too good.
-DEFAULT_METHODS = ("tucker2", "svd", "separable", "full-rank", "fewer-units")
+DEFAULT_METHODS = ("tucker2", "svd", "split-svd", "separable", "full-rank", "fewer-units")
 
 Methods = str | Sequence[str | Method]
 
@@ -92,16 +110,22 @@ __all__ = [
     "BlockDiagonal",
     "BlockTerm",
     "CanonicalPolyadic",
+    "Circulant",
+    "EmbeddingTrain",
     "Family",
     "FixedBasis",
     "Flattened",
     "FullRank",
+    "Hankel",
     "Interpolative",
+    "Kronecker",
     "LowRank",
     "Method",
     "Methods",
     "Moments",
+    "Monarch",
     "Monochromatic",
+    "ProjectUnits",
     "Rank",
     "RemoveUnits",
     "Separable",
@@ -109,9 +133,13 @@ __all__ = [
     "SeparableBasis",
     "SeparableCanonicalPolyadic",
     "Spectrum",
+    "SplitLowRank",
     "TensorRing",
     "TensorTrain",
     "TensorizedTrain",
+    "TensorizedTucker",
+    "Toeplitz",
+    "ToeplitzLike",
     "Tucker2",
     "TuckerCP",
     "aligned_ranks",

@@ -15,6 +15,7 @@ _SWEEPS = 2
 _STEPS = 3
 _EXACT = 1e-20  # share of the weight's square that is rounding
 _NEGLIGIBLE = 1e-20  # share of the first residual's square
+_RIDGE = 1e-8  # of the mean eigenvalue
 
 
 Factors = tuple[torch.Tensor, ...]
@@ -26,6 +27,7 @@ def alternate(
     product: Callable[..., torch.Tensor],
     weight: torch.Tensor,
     moments: Moments,
+    sweeps: int = _SWEEPS,
 ) -> Factors:
     """The factors after a few sweeps, for as long as these lower the error of their product.
 
@@ -33,7 +35,7 @@ def alternate(
     """
     least = moments.squared_error(product(*factors) - weight)
     whole = moments.squared_error(weight)
-    for _ in range(_SWEEPS):
+    for _ in range(sweeps):
         if least <= _EXACT * whole:
             break
         candidates = sweep(*factors)
@@ -77,6 +79,21 @@ def improve(
         residual = residual - length * _transposed(product, factor, response)
         before = energy
     return factor
+
+
+def damped_cholesky(gram: torch.Tensor) -> torch.Tensor:
+    """The lower factors of (..., n, n), real or complex, with a little added to the diagonal.
+
+    To precondition with: as little as makes them positive definite, 1 for a matrix of zeros.
+    """
+    mean = gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)
+    ridge = torch.where(mean > 0, _RIDGE * mean, 1)[..., None, None]
+    identity = torch.eye(gram.shape[-1]).to(gram)
+    lower, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
+    while failed.any():
+        ridge = 10 * ridge
+        lower, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
+    return lower
 
 
 def _in_metric(difference: torch.Tensor, moments: Moments) -> torch.Tensor:

@@ -1,28 +1,45 @@
 """Block-term decomposition of a convolution's kernel: a sum of Tucker-2 blocks.
 
+Of a linear layer's weight: a sum of Tucker blocks over pairs of modes of its outputs and inputs (Ye
+et al.: Learning compact recurrent neural networks with block-term tensor decomposition. CVPR 2018).
+
 De Lathauwer: Decompositions of a higher-order tensor in block terms, part II. SIAM Journal on
 Matrix Analysis and Applications 30 (2008); part III, with Nion: by alternating least squares.
 """
 
+import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from rankfold.decompose import tucker
+from rankfold.decompose import Weights, tucker
 from rankfold.layers import (
     BlockTermConvolution,
+    BlockTermLinear,
     Convolution,
+    TensorNetworkLinear,
     assign_factors,
     block_term_limit,
     block_widths,
     check_ranks,
 )
+from rankfold.methods.alternating import Factors
 from rankfold.methods.method import Rank, check_alignment, why_not_spatial
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import improved_last_factor, of_equal_norms
 from rankfold.methods.sampled import SampledFamily
+from rankfold.methods.tensor_network import (
+    in_shapes_of,
+    linear_form,
+    linear_modes,
+    network_family,
+    paired,
+    paired_weights,
+    why_not_split,
+)
 from rankfold.methods.three_factors import ThreeFactors, in_turn
 from rankfold.methods.whitened import CHANNELS, WhitenedKernel
 
@@ -37,19 +54,28 @@ class BlockTerm:
     Between CP, whose terms mix no channels, and Tucker-2, which has one core for all: a grouped
     convolution does more with each number that it loads than a depthwise one. Blocks are as wide as
     `alignment`, and a rank is their number n. Takes ungrouped convolutions with a kernel larger
-    than 1x1 and channels for at least two blocks. Fits find local optima.
+    than 1x1 and channels for at least two blocks, and linear layers, whose features are split into
+    so many `modes` on both sides. Fits find local optima.
     """
 
     name: ClassVar[str] = "block-term"
     alignment: int = 8
+    modes: int = 3
 
     def __post_init__(self) -> None:
         check_alignment(self.alignment)
+        if type(self.modes) is not int or self.modes < 1:
+            raise ValueError(f"modes is an integer of at least 1, not {self.modes!r:.40}")
 
     def why_not(self, layer: nn.Module) -> str | None:
+        if type(layer) is nn.Linear:
+            return why_not_split(layer)
         return why_not_spatial(layer, channels=2 * self.alignment)
 
-    def fit(self, layer: Convolution, moments: Moments) -> SampledFamily:
+    def fit(self, layer: nn.Linear | Convolution, moments: Moments) -> SampledFamily:
+        if isinstance(layer, nn.Linear):
+            form, limit = partial(self._linear, layer), self._limit(layer)
+            return network_family(layer, moments, form, _start, range(1, limit + 1))
         fit = _Fit(layer, moments, self.alignment)
         limit = block_term_limit(layer, self.alignment)
         w_out, w_in = block_widths(layer, self.alignment)
@@ -61,9 +87,20 @@ class BlockTerm:
             layer, moments, [*candidates, (limit,)], (limit,), fit.refined, fit.drafted
         )
 
-    def skeleton(self, layer: Convolution, rank: Rank) -> nn.Sequential:
+    def skeleton(self, layer: nn.Linear | Convolution, rank: Rank) -> nn.Module:
+        if isinstance(layer, nn.Linear):
+            check_ranks(rank, (self._limit(layer),), layer)
+            return self._linear(layer, rank)
         check_ranks(rank, (block_term_limit(layer, self.alignment),), layer)
         return BlockTermConvolution(layer, rank[0], self.alignment, device="meta")
+
+    def _linear(self, layer: nn.Linear, rank: Rank) -> BlockTermLinear:
+        return linear_form(BlockTermLinear, layer, rank[0], self.alignment, modes=self.modes)
+
+    def _limit(self, layer: nn.Linear) -> int:
+        """The number of blocks that hold every weight: all combinations of groups of modes."""
+        pairs = zip(*linear_modes(layer, self.modes), strict=True)
+        return math.prod(-(-given * made // self.alignment) for given, made in pairs)
 
 
 @dataclass(frozen=True)
@@ -133,3 +170,26 @@ def _strongest(tensor: torch.Tensor, widths: tuple[int, int], count: int) -> _Bl
     chosen = energies.argsort(descending=True, stable=True)[:count]
     rows, columns = chosen // inputs.shape[1], chosen % inputs.shape[1]
     return _Blocks(outputs[:, rows], inputs[:, columns], cores[rows, columns])
+
+
+def _start(
+    form: TensorNetworkLinear, tensor: torch.Tensor, weights: Weights | None
+) -> list[Factors]:
+    """As `_strongest`, of the pairs of modes; all of them have groups."""
+    hosvd = tucker(paired(tensor), weights=paired_weights(tensor, weights))
+    count, *widths = form.factors[0].shape
+    core, bases = hosvd.core, []
+    for mode, (factor, width) in enumerate(zip(hosvd.factors, widths, strict=True)):
+        missing = -len(factor) % width
+        bases.append(nn.functional.pad(factor, (0, missing)).unflatten(1, (-1, width)))
+        padding = [0, 0] * (core.dim() - 1 - 2 * mode) + [0, missing]
+        core = nn.functional.pad(core, padding[: 2 * core.dim()]).unflatten(2 * mode, (-1, width))
+    modes = len(widths)
+    blocks = core.permute([*range(0, 2 * modes, 2), *range(1, 2 * modes, 2)])
+    groups = blocks.shape[:modes]
+    blocks = blocks.flatten(0, modes - 1)
+    energies = blocks.square().flatten(1).sum(1)
+    chosen = energies.argsort(descending=True, stable=True)[:count]
+    places = torch.unravel_index(chosen, groups)
+    factors = [base[:, place].transpose(0, 1) for base, place in zip(bases, places, strict=True)]
+    return [in_shapes_of(form, [blocks[chosen], *factors])]

@@ -8,27 +8,36 @@ cannot be fine-tuned.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from rankfold.decompose import CP, cp, error_preserving_correction
+from rankfold.decompose import CP, Weights, cp, error_preserving_correction
 from rankfold.decompose.cp import from_factors, khatri_rao
 from rankfold.decompose.decomposition import working_precision
 from rankfold.layers import (
     Convolution,
     CPConvolution,
+    CPLinear,
+    TensorNetworkLinear,
     assign_factors,
     check_ranks,
     cp_limit,
     cp_modes,
 )
+from rankfold.methods.alternating import Factors
 from rankfold.methods.method import Rank, aligned_ranks, check_alignment, why_not_spatial
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import improved_last_factor
 from rankfold.methods.sampled import SampledFamily
+from rankfold.methods.tensor_network import (
+    linear_form,
+    linear_modes,
+    network_family,
+    why_not_split,
+)
 from rankfold.methods.whitened import WhitenedKernel
 
 # Sweeps of alternating least squares of a fit whose loss is an estimate, and of the correction.
@@ -37,6 +46,8 @@ _SWEEPS = 20
 # the error of real kernels by some five percent.
 _ITERATIONS = 15
 _IMPROVEMENT = 1e-4
+# Of each side of a linear layer.
+_MODES = 2
 # Share of the error that is given for terms that do not cancel each other.
 _CORRECTION = 0.005
 
@@ -46,7 +57,8 @@ class CanonicalPolyadic:
     """K ≈ Σ_r out_r ∘ in_r ∘ filter_r: 1x1 in→r, depthwise k, 1x1 r→out.
 
     The kernel's axes are one mode. Takes ungrouped convolutions with a kernel larger than 1x1 and
-    more than one channel on both sides. The form shrinks the work between channels most, and leaves
+    more than one channel on both sides, and linear layers: each side is split into two modes. The
+    form shrinks the work between channels most, and leaves
     it to memory: a rank is worth what the clock says. An approximate method: of ranks that cost
     less than the dense layer none is exact in general, and fits find local optima.
     """
@@ -59,9 +71,14 @@ class CanonicalPolyadic:
         check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
+        if type(layer) is nn.Linear and not self.separable:
+            return why_not_split(layer)
         return why_not_spatial(layer, 2 if self.separable else 1, channels=2)
 
-    def fit(self, layer: Convolution, moments: Moments) -> SampledFamily:
+    def fit(self, layer: nn.Linear | Convolution, moments: Moments) -> SampledFamily:
+        if isinstance(layer, nn.Linear):
+            ranks = aligned_ranks(_limit(layer), self.alignment)
+            return network_family(layer, moments, partial(_linear, layer), _start, list(ranks))
         fit = _Fit(layer, moments, self.separable)
         return SampledFamily(
             layer,
@@ -72,7 +89,10 @@ class CanonicalPolyadic:
             fit.drafted,
         )
 
-    def skeleton(self, layer: Convolution, rank: Rank) -> nn.Sequential:
+    def skeleton(self, layer: nn.Linear | Convolution, rank: Rank) -> nn.Module:
+        if isinstance(layer, nn.Linear):
+            check_ranks(rank, (_limit(layer),), layer)
+            return _linear(layer, rank)
         return _form(layer, rank, self.separable)
 
 
@@ -91,6 +111,31 @@ class SeparableCanonicalPolyadic(CanonicalPolyadic):
 def _form(layer: Convolution, rank: Rank, separable: bool) -> CPConvolution:
     check_ranks(rank, (cp_limit(layer, separable),), layer)
     return CPConvolution(layer, rank[0], separable, device="meta")
+
+
+def _linear(layer: nn.Linear, rank: Rank) -> CPLinear:
+    return linear_form(CPLinear, layer, rank[0], modes=_MODES)
+
+
+def _limit(layer: nn.Linear) -> int:
+    """The number of terms that hold every weight: one for each line along the longest mode."""
+    given, made = linear_modes(layer, _MODES)
+    return layer.weight.numel() // max(*given, *made)
+
+
+def _start(
+    form: TensorNetworkLinear, tensor: torch.Tensor, weights: Weights | None
+) -> list[Factors]:
+    rank = form.lengths[form.terms[0][-1]]
+    found = cp(
+        tensor,
+        rank,
+        algorithm="als",
+        iterations=_SWEEPS,
+        improvement=_IMPROVEMENT,
+        weights=weights,
+    )
+    return [found.balanced()]
 
 
 def ranks_that_save(tensor: torch.Tensor, alignment: int) -> list[int]:

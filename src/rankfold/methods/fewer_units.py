@@ -62,16 +62,9 @@ class RemoveUnits:
         return None
 
     def fit(self, layer: Recurrent, moments: Moments) -> "RemovedUnits":
-        for parameter in layer.parameters():
-            working_precision(parameter)  # refuses NaN
-        states = _states_by_weights(layer) if moments.inputs is None else moments.inputs.double()
-        gradients = moments.gradients
-        if gradients is None and moments.inputs is None:
-            gradients = _reads_by_weights(layer)
-        elif gradients is None:
-            gradients = torch.eye(layer.hidden_size).to(states).expand_as(states)
-        order = _most_needed_first(states, gradients.double())
-        return RemovedUnits(layer, states, gradients.double(), order, moments.scale, self.alignment)
+        states, gradients = state_moments(layer, moments)
+        order = _most_needed_first(states, gradients)
+        return RemovedUnits(layer, states, gradients, order, moments.scale, self.alignment)
 
     def skeleton(self, layer: Recurrent, rank: Rank) -> FewerUnits:
         check_ranks(rank, (layer.hidden_size,), layer)
@@ -117,6 +110,23 @@ class RemovedUnits:
         readouts = [_readout(*block) for block in zip(self.states, kept, strict=True)]
         _assign(form, self.layer, kept, readouts)
         return form
+
+
+def state_moments(layer: Recurrent, moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and G of the states, (layers * directions, hidden, hidden), float64; of what is known.
+
+    Without A the units count as uncorrelated, each as much as its weights; without A and G the next
+    step's gates read them, and the outputs. Raises TensorError for weights that hold NaN.
+    """
+    for parameter in layer.parameters():
+        working_precision(parameter)  # refuses NaN
+    states = _states_by_weights(layer) if moments.inputs is None else moments.inputs.double()
+    gradients = moments.gradients
+    if gradients is None and moments.inputs is None:
+        gradients = _reads_by_weights(layer)
+    elif gradients is None:
+        gradients = torch.eye(layer.hidden_size).to(states).expand_as(states)
+    return states, gradients.double()
 
 
 def _states_by_weights(layer: Recurrent) -> torch.Tensor:

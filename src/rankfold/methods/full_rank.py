@@ -13,7 +13,7 @@ import torch
 from rankfold.layers import Dense
 from rankfold.methods.method import Rank
 from rankfold.methods.moments import Moments
-from rankfold.methods.svd import LowRank, LowRankFamily
+from rankfold.methods.svd import Lookup, LowRank, LowRankFamily
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FullRank(LowRank):
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must lie in [0, 1), not {self.tolerance!r:.40}")
 
-    def fit(self, layer: Dense, moments: Moments) -> "FullRankFamily":
+    def fit(self, layer: Dense | Lookup, moments: Moments) -> "FullRankFamily":
         family = super().fit(layer, moments)
         values = family.singular_values
         if moments.is_plain:

@@ -11,6 +11,7 @@ matrix: Martens and Grosse 2015; for convolutions Grosse and Martens 2016).
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 
@@ -25,8 +26,9 @@ class Moments:
     """Second moments that weigh the error of a weight (out, in, *kernel); None: the identity.
 
     `Moments()` is the plain weight metric. The inputs' moment is that of whole patches, or of the
-    channels alone, the same at every place of the kernel. All float64. Those of a grouped
-    convolution are stacks, (groups, n, n), and of a transposed one the channels' (see
+    channels alone, the same at every place of the kernel. A moment of one dimension is a diagonal:
+    of an embedding the frequencies of the tokens; of very many outputs. All float64. Those of a
+    grouped convolution are stacks, (groups, n, n), and of a transposed one the channels' (see
     `rankfold.methods.reduction`, which makes them moments of plain convolutions); of a recurrent
     layer both are those of the states, (layers * directions, hidden, hidden).
     """
@@ -49,9 +51,22 @@ class Moments:
         """With this share of its mean eigenvalue added to the inputs' moment."""
         if self.inputs is None:
             return self
+        if self.inputs.dim() == 1:
+            return Moments(self.inputs + share * self.inputs.mean(), self.gradients, self.scale)
         identity = torch.eye(len(self.inputs)).to(self.inputs)
         added = share * self.inputs.diagonal().mean() * identity
         return Moments(self.inputs + added, self.gradients, self.scale)
+
+    def without_diagonals(self) -> "Moments":
+        """The same with the mean in the place of a diagonal, for a method that knows matrices."""
+        known: list[torch.Tensor | None] = []
+        scale = self.scale
+        for moment in (self.inputs, self.gradients):
+            is_diagonal = moment is not None and moment.dim() == 1
+            known.append(None if is_diagonal else moment)
+            if is_diagonal and scale is not None:
+                scale *= cast(torch.Tensor, moment).mean().item()
+        return Moments(known[0], known[1], scale)
 
     @property
     def is_plain(self) -> bool:
@@ -63,6 +78,8 @@ class Moments:
         flat = weight.double().flatten(1)
         if self.inputs is None:
             return flat
+        if self.inputs.dim() == 1:
+            return flat * self.inputs
         if len(self.inputs) == flat.shape[1]:
             return flat @ self.inputs
         return torch.einsum("oi...,ij->oj...", weight.double(), self.inputs).flatten(1)
@@ -70,7 +87,11 @@ class Moments:
     def times_gradients(self, weight: torch.Tensor) -> torch.Tensor:
         """G W, unfolded to (out, in * kernel)."""
         flat = weight.double().flatten(1)
-        return flat if self.gradients is None else self.gradients @ flat
+        if self.gradients is None:
+            return flat
+        return (
+            self.gradients[:, None] * flat if self.gradients.dim() == 1 else self.gradients @ flat
+        )
 
     def squared_error(self, difference: torch.Tensor) -> float:
         """tr(G Δ A Δᵀ) of a difference of two weights (out, in, *kernel)."""
@@ -108,7 +129,7 @@ class Moments:
 def _roots(moment: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
     if moment is None:
         return None
-    found = symmetric_roots(moment, _FLOOR)
+    found = symmetric_roots(moment.diag() if moment.dim() == 1 else moment, _FLOOR)
     return found.root, found.inverse_root
 
 

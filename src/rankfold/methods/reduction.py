@@ -1,5 +1,8 @@
 """Grouped and transposed convolutions for every method that makes chains of convolutions.
 
+And linear layers with a transposed weight for every method that takes linear layers: they are those
+linear layers.
+
 Methods see plain convolutions alone. A grouped convolution is one plain convolution for the
 channels of each group; all of them get the same rank, so that they stay one chain of grouped links.
 A transposed convolution of inputs to outputs is the adjoint of the convolution of outputs to inputs
@@ -22,7 +25,9 @@ from rankfold.layers import (
     Transposed,
     TransposedConvolution,
     adjoint_weights,
+    as_linear,
     assign_factors,
+    is_transposed_linear,
 )
 from rankfold.methods.method import Family, Method, Rank, Spectrum
 from rankfold.methods.moments import Moments
@@ -31,7 +36,7 @@ from rankfold.methods.moments import Moments
 def why_not(method: Method, layer: nn.Module) -> str | None:
     """Why the method cannot take this layer, grouped or transposed ones included, or None."""
     if not _is_reduced(layer):
-        return method.why_not(layer)
+        return method.why_not(_as_methods_see(layer))
     convolution = cast("Convolution | Transposed", layer)
     groups = convolution.groups
     kind = "transposed convolution" if type(layer) in TRANSPOSED else "grouped convolution"
@@ -51,7 +56,10 @@ def fit(method: Method, layer: nn.Module, moments: Moments) -> Family:
     The moments of a grouped convolution are stacks of those of its groups: (groups, n, n).
     """
     if not _is_reduced(layer):
-        return method.fit(layer, moments)
+        known = (
+            moments if getattr(method, "knows_diagonals", False) else moments.without_diagonals()
+        )
+        return method.fit(_as_methods_see(layer), known)
     aligned, plain = _aligned(method, layer), _plain(layer)
     metrics = _moments_of_plain(layer, plain, moments)
     families = [aligned.fit(one, metric) for one, metric in zip(plain, metrics, strict=True)]
@@ -61,7 +69,7 @@ def fit(method: Method, layer: nn.Module, moments: Moments) -> Family:
 def skeleton(method: Method, layer: nn.Module, rank: Rank) -> nn.Module:
     """The form at this rank on the meta device; raises RankError."""
     if not _is_reduced(layer):
-        return method.skeleton(layer, rank)
+        return method.skeleton(_as_methods_see(layer), rank)
     chain = _aligned(method, layer).skeleton(_plain(layer)[0], rank)
     return _whole_form(layer, cast(nn.Sequential, chain))
 
@@ -100,6 +108,10 @@ class ReducedFamily:
             weights = adjoint_weights(weights, form)
         assign_factors(form, weights, self.layer)
         return form
+
+
+def _as_methods_see(layer: nn.Module) -> nn.Module:
+    return as_linear(layer) if is_transposed_linear(layer) else layer
 
 
 def _is_reduced(layer: Any) -> bool:

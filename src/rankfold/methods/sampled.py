@@ -38,6 +38,8 @@ class SampledFamily:
     make: Callable[[Rank], nn.Module]  # a fitted form with `to_dense()`
     draft: Callable[[Rank], nn.Module] | None = None
     """A faster fit, no better than that of `make`, whose losses are measured in its place."""
+    exact: bool = False
+    """Whether nothing is lost at the limits: there the loss need not be measured."""
     _made: dict[Rank, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -79,6 +81,8 @@ class SampledFamily:
         return RegularGridInterpolator([np.array(values, float) for values in axes], table)
 
     def _measure(self, rank: Rank) -> float:
+        if self.exact and rank == self.limits:
+            return 0.0
         weight = self.layer.weight.detach()
         form: Any = self.build(rank) if self.draft is None else self.draft(rank)
         with torch.no_grad():

@@ -3,12 +3,14 @@
 The two-factor form: Denton et al. 2014 and Kim et al. 2016 (section 3.1, first and fully connected
 layers) for the weight metric. In the metric of second moments of the inputs it is the whitened SVD
 (Zhang et al. 2016, SVD-LLM), with those of the gradients as well the Kronecker-factored Fisher's.
+An embedding E (n, d) is the linear layer Eᵀ of one-hot inputs, whose second moment is the diagonal
+of the tokens' frequencies.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -18,13 +20,18 @@ from rankfold.decompose.decomposition import working_precision
 from rankfold.decompose.matrix import leading_eigenvectors
 from rankfold.layers import (
     Dense,
+    TiedLayers,
+    TiedTwoFactor,
     TwoFactorConvolution,
+    TwoFactorEmbedding,
     TwoFactorLinear,
     assign_factors,
     check_ranks,
 )
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, why_not_dense
 from rankfold.methods.moments import Moments
+
+Lookup = nn.Embedding | TiedLayers
 
 
 @dataclass(frozen=True)
@@ -33,23 +40,30 @@ class LowRank:
 
     Takes linear layers and ungrouped convolutions of any kernel. For many input channels and a
     large kernel Tucker-2 has a second rank to spend; for the first layers of a network, whose input
-    channels are few, and for 1x1 kernels this is the method.
+    channels are few, and for 1x1 kernels this is the method. Takes embeddings too, and the weight
+    that embeddings and linear layers share (`TiedLayers`), whose two factors they share then.
     """
 
     name: ClassVar[str] = "svd"
+    knows_diagonals: ClassVar[bool] = True
     alignment: int = 8
 
     def __post_init__(self) -> None:
         check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
+        if type(layer) is nn.Embedding:
+            return why_not_lookup(layer)
+        if isinstance(layer, TiedLayers):
+            reasons = map(self.why_not, layer)
+            return next((reason for reason in reasons if reason is not None), None)
         return why_not_dense(layer)
 
-    def fit(self, layer: Dense, moments: Moments) -> "LowRankFamily":
-        left, right, values = low_rank_factors(layer.weight.detach(), moments)
+    def fit(self, layer: Dense | Lookup, moments: Moments) -> "LowRankFamily":
+        left, right, values = low_rank_factors(_matrix(layer), moments)
         return LowRankFamily(layer, left, right, values, moments, self.alignment)
 
-    def skeleton(self, layer: Dense, rank: Rank) -> nn.Sequential:
+    def skeleton(self, layer: Dense | Lookup, rank: Rank) -> nn.Module:
         return _form(layer, rank)
 
 
@@ -57,7 +71,7 @@ class LowRank:
 class LowRankFamily:
     """All truncations of one singular value decomposition, in the metric of the moments."""
 
-    layer: Dense
+    layer: Dense | Lookup
     left: torch.Tensor  # (out, full rank)
     right: torch.Tensor  # (full rank, in * kernel size), of the same norms as the columns of left
     singular_values: torch.Tensor  # (full rank,), of the whitened weight, float64
@@ -76,15 +90,20 @@ class LowRankFamily:
         """Of each rank from 0 on: (full rank + 1,)."""
         energy = self.singular_values.square()
         beyond = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
-        return self.moments.loss_of(beyond, self.layer.weight.detach())
+        return self.moments.loss_of(beyond, _matrix(self.layer))
 
     def loss(self, rank: Rank) -> float:
         check_ranks(rank, self.left.shape[1:], self.layer)
         return self._losses[rank[0]].item()
 
-    def build(self, rank: Rank) -> nn.Sequential:
+    def build(self, rank: Rank) -> nn.Module:
         form = _form(self.layer, rank)
-        assign_factors(form, (self.right[: rank[0]], self.left[:, : rank[0]]), self.layer)
+        first, last = self.right[: rank[0]], self.left[:, : rank[0]]
+        if isinstance(self.layer, TiedLayers):
+            cast(TiedTwoFactor, form).assign(first.mT, last, self.layer)
+            return form
+        first = first.mT if isinstance(self.layer, nn.Embedding) else first
+        assign_factors(cast(nn.Sequential, form), (first, last), self.layer)
         return form
 
 
@@ -123,8 +142,29 @@ def _identities(like: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tens
     return identity, identity
 
 
-def _form(layer: Dense, rank: Rank) -> nn.Sequential:
+def why_not_lookup(layer: nn.Embedding) -> str | None:
+    """Why an embedding cannot be looked up in factors, or None."""
+    if layer.max_norm is not None:
+        return "its rows are renormalised as they are looked up (max_norm)"
+    if layer.sparse:
+        return "its gradients are sparse (sparse=True), those of factors are not"
+    if layer.scale_grad_by_freq:
+        return "its gradients are scaled by the tokens' frequencies (scale_grad_by_freq)"
+    return "its weight is empty" if layer.weight.numel() == 0 else None
+
+
+def _matrix(layer: Dense | Lookup) -> torch.Tensor:
+    """What multiplies the inputs, one-hot ones of an embedding: (out, in, *kernel)."""
+    weight = layer.weight.detach()
+    return weight.mT if isinstance(layer, nn.Embedding | TiedLayers) else weight
+
+
+def _form(layer: Dense | Lookup, rank: Rank) -> nn.Module:
     check_ranks(rank, (min(layer.weight.flatten(1).shape),), layer)
+    if isinstance(layer, TiedLayers):
+        return TiedTwoFactor(layer, rank[0], device="meta")
+    if isinstance(layer, nn.Embedding):
+        return TwoFactorEmbedding(layer, rank[0], device="meta")
     if isinstance(layer, nn.Linear):
         return TwoFactorLinear(layer, rank[0], device="meta")
     return TwoFactorConvolution(layer, rank[0], device="meta")

@@ -1,29 +1,45 @@
 """Tensor-ring decomposition of a convolution's kernel: of its inputs, its places, its outputs.
 
-Wang, Sun, Eriksson, Wang, Aggarwal: Wide compression: tensor ring nets. CVPR 2018, section 3.2. The
+Of a linear layer's weight: of the modes that its outputs and inputs are split into.
+
+Wang, Sun, Eriksson, Wang, Aggarwal: Wide compression: tensor ring nets. CVPR 2018, section 3. The
 start is TR-SVD, and alternating least squares follow, as in Zhao, Zhou, Xie, Zhang, Cichocki:
 Tensor ring decomposition. arXiv:1606.05535 (2016).
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from rankfold.decompose import Weights, tensor_ring, tensor_train
 from rankfold.decompose.matrix import leading_eigenvectors
 from rankfold.decompose.unfolding import gram
+from rankfold.errors import RankError
 from rankfold.layers import (
     Convolution,
+    TensorNetworkLinear,
     TensorRingConvolution,
+    TensorRingLinear,
     assign_factors,
     check_ranks,
+    modes_of,
+    ring_limits,
+    train_limits_of,
 )
+from rankfold.methods.alternating import Factors
 from rankfold.methods.method import Rank, aligned_ranks, check_alignment, why_not_spatial
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import improved_last_factor, of_equal_norms
 from rankfold.methods.sampled import SampledFamily
+from rankfold.methods.tensor_network import (
+    linear_form,
+    network_family,
+    why_not_split,
+)
 from rankfold.methods.three_factors import ThreeFactors, in_turn
 from rankfold.methods.whitened import WhitenedKernel
 
@@ -39,23 +55,34 @@ class TensorRing:
     for all blocks: fewer parameters at the same error, more products for the same parameters. There
     are so many `slices`, on layers of few channels as many as `alignment` goes into those; ranks
     are (q, r). Takes ungrouped convolutions with a kernel larger than 1x1 and channels for at least
-    two slices. Fits find local optima.
+    two slices. Of linear layers, whose features are split into so many `modes` on both sides, the
+    slices are the rank of the bond between outputs and inputs, and the one rank bounds all others.
+    Fits find local optima.
     """
 
     name: ClassVar[str] = "tensor-ring"
     makes_chains: ClassVar[bool] = False  # the slices are folded into the batch
     alignment: int = 8
     slices: int = 4  # of 2 to 8 about the best at any number of parameters
+    modes: int = 3
 
     def __post_init__(self) -> None:
         check_alignment(self.alignment)
-        if type(self.slices) is not int or self.slices < 1:
-            raise ValueError(f"slices is an integer of at least 1, not {self.slices!r:.40}")
+        for name in ("slices", "modes"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is an integer of at least 1, not {value!r:.40}")
 
     def why_not(self, layer: nn.Module) -> str | None:
+        if type(layer) is nn.Linear:
+            return why_not_split(layer)
         return why_not_spatial(layer, channels=2 * self.alignment)
 
-    def fit(self, layer: Convolution, moments: Moments) -> SampledFamily:
+    def fit(self, layer: nn.Linear | Convolution, moments: Moments) -> SampledFamily:
+        if isinstance(layer, nn.Linear):
+            candidates = list(aligned_ranks(self._limit(layer), self.alignment))
+            form = partial(self._linear, layer)
+            return network_family(layer, moments, form, _start_of_modes, candidates)
         slices = self._slices(layer)
         fit = _Fit(layer, moments, slices)
         limits = layer.out_channels, layer.in_channels
@@ -69,9 +96,22 @@ class TensorRing:
             axes.append([rank for rank in ranks if rank <= saving or rank == limit])
         return SampledFamily(layer, moments, list(product(*axes)), limits, fit.refined, fit.drafted)
 
-    def skeleton(self, layer: Convolution, rank: Rank) -> nn.Sequential:
+    def skeleton(self, layer: nn.Linear | Convolution, rank: Rank) -> nn.Module:
+        if isinstance(layer, nn.Linear):
+            check_ranks(rank, (self._limit(layer),), layer)
+            return self._linear(layer, rank)
         check_ranks(rank, (layer.out_channels, layer.in_channels), layer)
         return TensorRingConvolution(layer, (self._slices(layer), *rank), device="meta")
+
+    def _limit(self, layer: nn.Linear) -> int:
+        outputs, inputs = (modes_of(length, self.modes) for length in layer.weight.shape)
+        return max(train_limits_of((*outputs, *inputs)))
+
+    def _linear(self, layer: nn.Linear, rank: Rank) -> TensorRingLinear:
+        outputs, inputs = (modes_of(length, self.modes) for length in layer.weight.shape)
+        first = min(self.slices, *layer.weight.shape)
+        others = (min(rank[0], limit) for limit in ring_limits(inputs, outputs, first)[1:])
+        return linear_form(TensorRingLinear, layer, (first, *others), modes=self.modes)
 
     def _slices(self, layer: Convolution) -> int:
         return min(self.slices, min(layer.out_channels, layer.in_channels) // self.alignment)
@@ -122,6 +162,24 @@ class _Fit(WhitenedKernel):
         factors = of_equal_norms([found.inputs.flatten(1).mT, found.cores, last])
         assign_factors(form, factors, self.layer)
         return form
+
+
+def _start_of_modes(
+    form: TensorNetworkLinear, tensor: torch.Tensor, weights: Weights | None
+) -> list[Factors]:
+    """A ring, where there is one of these ranks; and a train, of which one slice is not zero."""
+    ranks = [form.lengths[term[0]] for term in form.terms]
+    train = tensor_train(tensor, ranks[1:], weights=weights)
+    embedded = []
+    for core, factor in zip(train.cores, form.factors, strict=True):
+        larger = tensor.new_zeros(factor.shape)
+        larger[: core.shape[0], :, : core.shape[2]] = core
+        embedded.append(larger)
+    try:
+        ring = tensor_ring(tensor, ranks, iterations=_DRAFT, weights=weights)
+    except RankError:
+        return [tuple(embedded)]
+    return [ring.cores, tuple(embedded)]
 
 
 def _start(tensor: torch.Tensor, slices: int, rank_out: int, rank_in: int) -> _Ring:

@@ -1,8 +1,9 @@
-"""Tensor-train decomposition of a convolution's kernel with its channels split into several modes.
+"""Tensor-train decomposition of a weight whose channels or features are split into several modes.
 
 Garipov, Podoprikhin, Novikov, Vetrov: Ultimate tensorization: compressing convolutional and FC
 layers alike. arXiv:1611.03214 (2016), section 4: first the core of the kernel's places, then one
-for each pair of a mode of the inputs and one of the outputs, a TT-matrix.
+for each pair of a mode of the inputs and one of the outputs, a TT-matrix. That of a linear layer:
+Novikov, Podoprikhin, Osokin, Vetrov: Tensorizing neural networks. NeurIPS 2015.
 """
 
 import math
@@ -15,22 +16,35 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rankfold.decompose import tensor_train
+from rankfold.decompose import Weights, tensor_train
 from rankfold.decompose.decomposition import working_precision
 from rankfold.decompose.unfolding import mode_product
 from rankfold.layers import (
     Convolution,
     TensorizedTrainConvolution,
+    TensorNetworkLinear,
+    TensorTrainLinear,
     assign_factors,
     channel_modes,
     check_ranks,
     tensorized_limits,
+    train_matrix_limits,
 )
 from rankfold.methods.alternating import Factors, alternate, improve
 from rankfold.methods.method import Rank, check_alignment, why_not_spatial
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import of_equal_norms
 from rankfold.methods.sampled import SampledFamily
+from rankfold.methods.tensor_network import (
+    in_shapes_of,
+    linear_form,
+    linear_modes,
+    mean_of_mode,
+    network_family,
+    paired,
+    paired_weights,
+    why_not_split,
+)
 
 # Of the mean eigenvalue of a moment of one mode, added to all where it is a preconditioner.
 _DAMPING = 1e-2
@@ -40,12 +54,13 @@ _DAMPING = 1e-2
 class TensorizedTrain:
     """K ≈ G_0[places] G_1[i_1, o_1] ... G_d[i_d, o_d]: kxk 1→r of each channel, d small products.
 
-    Channels are split into so many `modes`, of about one length. The one rank bounds all bonds;
-    every number is a candidate, for the products are between multiples of the modes. Takes
-    ungrouped convolutions with a kernel larger than 1x1 and two channels or more on both sides. It
-    has far fewer parameters than other forms and more products than most. The order of a trained
-    layer's channels means nothing, so its error is large: it suits training best. More modes save
-    little more and lose more.
+    Channels are split into so many `modes`, of about one length; features of a linear layer, which
+    has no places, into one more. The one rank bounds all bonds; every number is a candidate, for
+    the products are between multiples of the modes. Takes linear layers, and ungrouped convolutions
+    with a kernel larger than 1x1, with two channels or more on both sides. It has far fewer
+    parameters than other forms and more products than most. The order of a trained layer's channels
+    means nothing, so its error is large: it suits training best. More modes save little more and
+    lose more.
 
     TT-SVD in the weight metric, or in that of the moments as far as they are Kronecker products
     over the modes, then alternating least squares in the metric itself.
@@ -62,9 +77,14 @@ class TensorizedTrain:
             raise ValueError(f"modes is an integer of at least 1, not {self.modes!r:.40}")
 
     def why_not(self, layer: nn.Module) -> str | None:
+        if type(layer) is nn.Linear:
+            return why_not_split(layer)
         return why_not_spatial(layer, channels=2)
 
-    def fit(self, layer: Convolution, moments: Moments) -> SampledFamily:
+    def fit(self, layer: nn.Linear | Convolution, moments: Moments) -> SampledFamily:
+        if isinstance(layer, nn.Linear):
+            form, full = partial(self._linear, layer), self._limit(layer)
+            return network_family(layer, moments, form, _start, range(1, full + 1))
         modes = channel_modes(layer, self.modes)
         limits = tensorized_limits(layer, modes)
         full = max(limits)
@@ -80,10 +100,28 @@ class TensorizedTrain:
             fit.drafted,
         )
 
-    def skeleton(self, layer: Convolution, rank: Rank) -> nn.Sequential:
+    def skeleton(self, layer: nn.Linear | Convolution, rank: Rank) -> nn.Module:
+        if isinstance(layer, nn.Linear):
+            check_ranks(rank, (self._limit(layer),), layer)
+            return self._linear(layer, rank)
         modes = channel_modes(layer, self.modes)
         check_ranks(rank, (max(tensorized_limits(layer, modes)),), layer)
         return TensorizedTrainConvolution(layer, modes, rank[0], device="meta")
+
+    def _linear(self, layer: nn.Linear, rank: Rank) -> TensorTrainLinear:
+        return linear_form(TensorTrainLinear, layer, rank[0], modes=self.modes + 1)
+
+    def _limit(self, layer: nn.Linear) -> int:
+        return max(train_matrix_limits(*linear_modes(layer, self.modes + 1)))
+
+
+def _start(
+    form: TensorNetworkLinear, tensor: torch.Tensor, weights: Weights | None
+) -> list[Factors]:
+    """TT-SVD."""
+    ranks = [form.lengths[term[-1]] for term in form.terms[:-1]]
+    train = tensor_train(paired(tensor), ranks, weights=paired_weights(tensor, weights))
+    return [in_shapes_of(form, train.cores)]
 
 
 def _macs(layer: Convolution, modes: Sequence[tuple[int, int]], rank: int) -> int:
@@ -123,7 +161,7 @@ class _Fit:
         found: dict[int, torch.Tensor] = {}
         channels = self.moments.of_channels(self.weight.shape[1]).inputs
         if inputs is not None and channels is not inputs:
-            found[0] = _mean_of_mode(inputs, (self.weight.shape[1], self.weight.shape[2]), 1)
+            found[0] = mean_of_mode(inputs, (self.weight.shape[1], self.weight.shape[2]), 1)
         for place, (made, given) in enumerate(self.modes):
             of_both = []
             for moment, lengths, length in (
@@ -133,7 +171,7 @@ class _Fit:
                 if moment is None:
                     of_both.append(torch.eye(length).to(self.weight))
                 else:
-                    of_both.append(_mean_of_mode(moment, lengths, place))
+                    of_both.append(mean_of_mode(moment, lengths, place))
             if gradients is not None or channels is not None:
                 found[place + 1] = torch.kron(*of_both)
         return found
@@ -218,10 +256,3 @@ class _Fit:
                 identity = torch.eye(len(moment)).to(moment)
                 found[mode] = torch.linalg.inv(moment + ridge * identity)
         return found
-
-
-def _mean_of_mode(moment: torch.Tensor, lengths: Sequence[int], mode: int) -> torch.Tensor:
-    """The moment of one of the modes that a moment's sides are split into, the mean over others."""
-    apart = math.prod(lengths[:mode]), lengths[mode], math.prod(lengths[mode + 1 :])
-    split = moment.reshape(*apart, *apart)
-    return torch.einsum("aibajb->ij", split) / (apart[0] * apart[2])

@@ -11,6 +11,7 @@ from torch import nn
 
 from rankfold.batches import Forward, all_finite, run_or_explain, running
 from rankfold.errors import CalibrationError
+from rankfold.layers import has_features_last
 
 # Positions of one layer that count at most: so many times the features, and at least so many.
 _TIMES_FEATURES, _POSITIONS = 20, 8192
@@ -113,7 +114,7 @@ def _seen(
 
 def _as_rows(tensor: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     """(positions, channels)."""
-    if not isinstance(layer, nn.Linear):
+    if not has_features_last(layer):
         batched = tensor if tensor.dim() == cast(Any, layer).weight.dim() else tensor[None]
         tensor = batched.movedim(1, -1)
     return tensor.reshape(-1, tensor.shape[-1])

@@ -19,12 +19,13 @@ from torch import nn
 from rankfold.analysis.divergence import Judge
 from rankfold.batches import Data, Forward, device_of, first_batches, held_out_first, run
 from rankfold.errors import ModelError
-from rankfold.layers import TwoFactorConvolution, TwoFactorLinear
+from rankfold.layers import TwoFactorConvolution, TwoFactorLinear, is_transposed_linear
 from rankfold.methods.refit import solve
 from rankfold.progress import Progress, silent
 from rankfold.refit.positions import Watch, collect, run_watched
 from rankfold.refit.regression import Regression
 from rankfold.refit.threshold import Threshold, read_by_relu
+from rankfold.unfusing import unfused
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,21 @@ def refit(
     ordered, kept, count = held_out_first(data, batches, held_out)
     found = list(first_batches(ordered, kept + count, device_of(model)))
     held, used = found[:kept] or found, found[kept:]
+    with unfused(teacher) as opened:
+        return _refit(model, opened, held, used, layers, forward, through_relu, seed, progress)
+
+
+def _refit(
+    model: nn.Module,
+    teacher: nn.Module,
+    held: Sequence[Any],
+    used: Sequence[Any],
+    layers: Sequence[str],
+    forward: Forward,
+    through_relu: bool,
+    seed: int,
+    progress: Progress,
+) -> Refit:
     places = _places(model, teacher, layers)
     calls = _calls(model, {name: one.last for name, one in places.items()}, used[0], forward)
     relus = read_by_relu(teacher, layers, used[0], forward) if through_relu else {}
@@ -156,6 +172,7 @@ def _places(model: nn.Module, teacher: nn.Module, layers: Sequence[str]) -> dict
         form = ours[name]
         if isinstance(form, nn.Sequential) and _is_pointwise(form[-1]):
             two = isinstance(form, TwoFactorLinear | TwoFactorConvolution)
+            two = two and not is_transposed_linear(theirs[name])
             found[name] = _Place(form, form[0] if two else None, form[-1], theirs[name])
     return found
 

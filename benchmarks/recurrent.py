@@ -1,0 +1,89 @@
+"""What the ways to make an LSTM smaller take on this device: an LSTM of english_g2's size.
+
+Bidirectional, 256 inputs and units, 50 steps. Fewer units and projected units are rankfold's
+methods, timed with and without the readout that a linear layer behind them takes in; a low-rank
+input product is a linear layer in front of the same LSTM. Times do not depend on weights. Writes
+benchmarks/recurrent.json and a table of docs/recurrent.md.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import typer
+from race import between_markers, machine, markdown_table, save
+from torch import nn
+
+from rankfold.cost import count_parameters
+from rankfold.layers import FewerUnits, ProjectedUnits, ReducedStates
+from rankfold.measure import latencies
+
+HERE = Path(__file__).parent
+DOCUMENT = HERE.parent / "docs" / "recurrent.md"
+UNITS, STEPS = 256, 50
+BATCHES = (1, 32)
+RANKS = (128, 64, 32)
+
+
+class LowRankInputs(nn.Module):
+    """The product of all steps' inputs with a thin matrix, then an LSTM of fewer inputs."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(UNITS, rank, bias=False)
+        self.recurrent = nn.LSTM(rank, UNITS, bidirectional=True)
+
+    def forward(self, steps: torch.Tensor) -> torch.Tensor:
+        return self.recurrent(self.first(steps))[0]
+
+
+def contenders() -> dict[str, nn.Module]:
+    dense = nn.LSTM(UNITS, UNITS, bidirectional=True)
+    found: dict[str, nn.Module] = {"dense": dense}
+    for rank in RANKS:
+        for name, form in (("fewer units", FewerUnits), ("projected units", ProjectedUnits)):
+            made: ReducedStates = form(dense, rank)
+            found[f"{name}, {rank}"] = made
+            found[f"{name}, {rank}, readout merged"] = made.recurrent
+        found[f"low-rank inputs, {rank}"] = LowRankInputs(rank)
+    return found
+
+
+def main(threads: int = 2, device: str = "cpu", out: Path = HERE / "recurrent.json") -> None:
+    torch.set_num_threads(threads)
+    networks = {name: network.eval().to(device) for name, network in contenders().items()}
+    rows = {name: {"parameters": count_parameters(one)} for name, one in networks.items()}
+    for batch in BATCHES:
+        given = torch.randn(STEPS, batch, UNITS, device=device)
+        with torch.no_grad():
+            found = latencies(
+                [lambda one=one, given=given: one(given) for one in networks.values()],
+                torch.device(device),
+                seconds=3,
+            )
+        for row, milliseconds in zip(rows.values(), found, strict=True):
+            row[f"batch {batch}"] = milliseconds
+    facts = {"rows": rows, "machine": machine()}
+    save(out, facts)
+    columns = ("LSTM", "parameters", *(f"batch {batch}" for batch in BATCHES))
+    lines = [
+        (
+            name,
+            f"{row['parameters']:,}".replace(",", " "),
+            *(_cell(row, rows["dense"], f"batch {batch}") for batch in BATCHES),
+        )
+        for name, row in rows.items()
+    ]
+    on = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
+    between_markers(
+        DOCUMENT, "recurrent", f"{markdown_table(columns, lines)}\n\nMeasured on: {on}."
+    )
+    print(json.dumps(rows, indent=1))
+
+
+def _cell(row: dict[str, float], dense: dict[str, float], key: str) -> str:
+    return f"{row[key]:.2f} ms ({dense[key] / row[key]:.1f}x)"
+
+
+if __name__ == "__main__":
+    typer.run(main)
