@@ -41,8 +41,9 @@ LAYERS = ("blocks.*",)
 
 def analysis_of(model: nn.Module, name: str, data: list[torch.Tensor]) -> Analysis:
     metric, is_uniform = CONTENDERS[name]
+    method = LowRank(alignment=1 if is_uniform else 8)  # or a fraction would not meet the budget
     return rankfold.analyze(
-        model, data, methods=[LowRank()], layers=LAYERS, metric=metric, check=not is_uniform
+        model, data, methods=[method], layers=LAYERS, metric=metric, check=not is_uniform
     )
 
 

@@ -81,7 +81,16 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 def machine() -> dict[str, str]:
     """What the figures depend on."""
-    packages = ("rankfold", "torch", "tensorly", "torchTT", "tntorch", "scikit-learn", "numpy")
+    packages = (
+        "rankfold",
+        "torch",
+        "tensorly",
+        "tensorly-torch",
+        "torchTT",
+        "tntorch",
+        "scikit-learn",
+        "numpy",
+    )
     return {
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),

@@ -77,6 +77,11 @@ class Order:
     cost: tuple[int, int]  # fixed, and for each row
     macs: tuple[int, int]
 
+    @property
+    def weight_first(self) -> bool:
+        """Whether the first tensor, of the rows, comes last: all others are multiplied before."""
+        return 0 in (self.steps[-1].first.place, self.steps[-1].second.place)
+
     def run(self, tensors: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
         held = list(tensors)
         for step in self.steps:

@@ -91,11 +91,16 @@ class StructuredLinear(nn.ModuleList):
         return [factor.weight for factor in self]  # type: ignore[misc]
 
     @property
+    def keeps_weight(self) -> bool:
+        """Whether the layer, as it is, multiplies by its whole weight, kept from call to call."""
+        return self.uses_weight and not self.training
+
+    @property
     def _bias(self) -> torch.Tensor | None:
         return self[-1].bias  # type: ignore[return-value]
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.uses_weight and not self.training:
+        if self.keeps_weight:
             return functional.linear(tensor, self.written_out(), self._bias)
         rows = tensor.reshape(math.prod(tensor.shape[:-1]), self.in_features)
         made = self.product(rows).reshape(*tensor.shape[:-1], self.out_features)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from rankfold.errors import RankError
 from rankfold.layers.contraction import ROWS, plan_contraction
@@ -49,6 +50,12 @@ class TensorNetworkLinear(StructuredLinear):
         shapes = [[self.lengths[index] for index in term] for term in terms]
         in_features, out_features = math.prod(self.in_modes), math.prod(self.out_modes)
         super().__init__(in_features, out_features, shapes, bias, device, dtype)
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        rows = math.prod(tensor.shape[:-1])
+        if not self.keeps_weight and self._rows.order_for(rows).weight_first:
+            return functional.linear(tensor, self.to_weight(), self._bias)
+        return super().forward(tensor)
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         count = rows.shape[0]  # len would fix it in a program that is made for any number
