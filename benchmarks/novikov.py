@@ -7,14 +7,13 @@ the length; results go to novikov.json and, as a table, to docs/layers.md.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from fashion_mnist import HELD_BACK, read
-from race import between_markers, machine, markdown_table, save
+from race import between_markers, grouped, machine, markdown_table, mean_of_seeds, save
 from torch import nn
 
 from rankfold.nn import TensorTrainLinear
@@ -93,10 +92,10 @@ def report(accuracies: dict[str, list[float]], epochs: int) -> None:
     rows, results = [], []
     for name, values in accuracies.items():
         (whole, numbers) = next(map(sizes, filter(is_train, NETWORKS[name]())), (0, 0))
-        ratio = f"{whole:,} → {numbers:,}, {whole / numbers:.0f}x fewer" if numbers else ""
-        mean = 100 * statistics.mean(values)
-        spread = 100 * (max(values) - min(values)) / 2
-        rows.append((name, ratio, f"{mean:.2f} ± {spread:.2f} %", str(len(values))))
+        ratio = ""
+        if numbers:
+            ratio = f"{grouped(whole)} → {grouped(numbers)}, {whole / numbers:.0f}x fewer"
+        rows.append((name, ratio, mean_of_seeds(values), str(len(values))))
         results.append({"network": name, "dense": whole, "train": numbers, "accuracy": values})
     save(HERE / "novikov.json", {"machine": machine(), "epochs": epochs, "results": results})
     header = ("784-1024-1024-10", "weights of that layer", "test accuracy", "seeds")

@@ -137,3 +137,15 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def mean_of_seeds(shares: Sequence[float]) -> str:
+    """In percent, with the standard deviation if there are several."""
+    percent = [100 * share for share in shares]
+    spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
+    return f"{statistics.mean(percent):.2f}{spread} %"
+
+
+def grouped(number: int) -> str:
+    """With spaces between thousands."""
+    return f"{number:,}".replace(",", " ")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import typer
-from race import between_markers, machine, markdown_table, save
+from race import between_markers, grouped, machine, markdown_table, save
 from torch import nn
 
 from rankfold.cost import count_parameters
@@ -69,7 +69,7 @@ def main(threads: int = 2, device: str = "cpu", out: Path = HERE / "recurrent.js
     lines = [
         (
             name,
-            f"{row['parameters']:,}".replace(",", " "),
+            grouped(row["parameters"]),
             *(_cell(row, rows["dense"], f"batch {batch}") for batch in BATCHES),
         )
         for name, row in rows.items()

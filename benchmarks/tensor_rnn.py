@@ -9,14 +9,13 @@ Results go to tensor_rnn.json and, as a table, to docs/layers.md.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from fashion_mnist import read
-from race import between_markers, machine, markdown_table, save
+from race import between_markers, grouped, machine, markdown_table, mean_of_seeds, save
 from torch import nn
 
 from rankfold.nn import (
@@ -112,10 +111,8 @@ def report(accuracies: dict[str, list[float]], epochs: int) -> None:
     whole = numbers(None)
     for name, values in accuracies.items():
         count = numbers(FORMS[name])
-        mean = 100 * statistics.mean(values)
-        spread = 100 * (max(values) - min(values)) / 2
         fewer = f"{whole / count:.0f}x" if count < whole else ""
-        rows.append((name, f"{count:,}", fewer, f"{mean:.1f} ± {spread:.1f} %", str(len(values))))
+        rows.append((name, grouped(count), fewer, mean_of_seeds(values), str(len(values))))
         results.append({"network": name, "parameters": count, "accuracy": values})
     save(HERE / "tensor_rnn.json", {"machine": machine(), "epochs": epochs, "results": results})
     header = ("784 inputs, 64 units", "input weights", "fewer", "test accuracy", "seeds")
