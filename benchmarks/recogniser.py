@@ -40,6 +40,16 @@ METHODS = ("tucker2", "svd", "separable", "separable3", "full-rank", "fewer-unit
 STEPS = ("plan", "recover", "judge")
 CALIBRATED_ON = 1000  # words
 TESTED_ON = 1000
+WARM_UP, PROFILED = 5, 20  # runs
+KINDS = {
+    "convolutions": ("aten::mkldnn_convolution",),
+    "small convolutions": ("aten::_slow_conv2d_forward", "aten::thnn_conv2d"),
+    "LSTMs": ("aten::mkldnn_rnn_layer", "aten::lstm"),
+    "linear layers": ("aten::addmm", "aten::mm"),
+    "pooling": ("aten::max_pool2d_with_indices", "aten::_adaptive_avg_pool2d"),
+    "batch norm and ReLU": ("aten::native_batch_norm", "aten::clamp_min_"),
+}
+OTHER = "all else"
 
 
 def calibration() -> list[torch.Tensor]:
@@ -146,6 +156,21 @@ def times(dense: nn.Module, small: nn.Module, word: torch.Tensor, runtime: Runti
     return latencies(calls, torch.device("cpu"), seconds=5)
 
 
+def where_time_goes(network: nn.Module, word: torch.Tensor) -> dict[str, float]:
+    """Milliseconds in eager mode by kind of operator, each without the operators that it calls."""
+    ready = in_fastest_memory_format(network, word)
+    for _ in range(WARM_UP):
+        ready(word)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        for _ in range(PROFILED):
+            ready(word)
+    found = dict.fromkeys((*KINDS, OTHER), 0.0)
+    for event in seen.key_averages():
+        kind = next((k for k, names in KINDS.items() if event.key in names), OTHER)
+        found[kind] += event.self_cpu_time_total / 1e3 / PROFILED
+    return found
+
+
 def main(
     latency: Annotated[list[float] | None, typer.Option(help="share of the dense time")] = None,
     step: Annotated[list[str] | None, typer.Option(help="plan, recover or judge")] = None,
@@ -174,19 +199,10 @@ def main(
 
 
 def write_document(facts: dict[str, Any]) -> None:
-    lines = []
-    for share, row in facts["rows"].items():
-        if "result" not in row:
-            continue
-        result = row["result"]
-        speed = [f"{dense / ours:.1f}x ({ours:.1f} ms)" for dense, ours in result["times"].values()]
-        words = [f"{result[s]:.1%}" if s in result else "" for s in ("factorized", "recovered")]
-        kept = [f"{row['plan'][key]:.0%}" for key in ("macs", "parameters")]
-        minutes = f"{row['recovery']['seconds'] / 60:.0f}" if "recovery" in row else ""
-        lines.append((share, *kept, *speed, *words, minutes))
-    if not lines:
+    done = {share: row for share, row in facts["rows"].items() if "result" in row}
+    if not done:
         return
-    dense = next(r["result"]["dense"] for r in facts["rows"].values() if "result" in r)
+    dense = next(iter(done.values()))["result"]["dense"]
     columns = (
         "share of time asked for",
         "MACs",
@@ -197,9 +213,28 @@ def write_document(facts: dict[str, Any]) -> None:
         "minutes",
     )
     on = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
-    between_markers(
-        DOCUMENT, "recogniser", f"{markdown_table(columns, lines)}\n\nMeasured on: {on}."
-    )
+    tables = [markdown_table(columns, [line(*one) for one in done.items()])]
+    tables.append(markdown_table(*times_by_kind(done)))
+    between_markers(DOCUMENT, "recogniser", "\n".join([*tables, f"Measured on: {on}.\n"]))
+
+
+def line(share: str, row: dict[str, Any]) -> tuple[str, ...]:
+    result = row["result"]
+    speed = [f"{dense / ours:.1f}x ({ours:.1f} ms)" for dense, ours in result["times"].values()]
+    words = [f"{result[s]:.1%}" if s in result else "" for s in ("factorized", "recovered")]
+    kept = [f"{row['plan'][key]:.0%}" for key in ("macs", "parameters")]
+    minutes = f"{row['recovery']['seconds'] / 60:.0f}" if "recovery" in row else ""
+    return share, *kept, *speed, *words, minutes
+
+
+def times_by_kind(done: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Where the time goes: of the dense network, and of each that is factorized."""
+    networks = {"dense": next(iter(done.values()))["result"]["where"]["dense"]}
+    networks |= {share: row["result"]["where"]["factorized"] for share, row in done.items()}
+    header = ("milliseconds, middle word", *networks)
+    kinds = [(kind, *(f"{one[kind]:.2f}" for one in networks.values())) for kind in (*KINDS, OTHER)]
+    total = ("together", *(f"{sum(one.values()):.2f}" for one in networks.values()))
+    return header, [*kinds, total]
 
 
 if __name__ == "__main__":
