@@ -146,6 +146,10 @@ def judge(latency: float) -> dict[str, Any]:
         }
         found["times"] = {name: times(model, small, word, "eager") for name, word in words.items()}
         found["times"]["middle, ONNX Runtime"] = times(model, small, words["middle"], "onnxruntime")
+        found["where"] = {
+            "dense": where_time_goes(model, words["middle"]),
+            "factorized": where_time_goes(small, words["middle"]),
+        }
     return found
 
 
@@ -199,7 +203,8 @@ def main(
 
 
 def write_document(facts: dict[str, Any]) -> None:
-    done = {share: row for share, row in facts["rows"].items() if "result" in row}
+    rows = sorted(facts["rows"].items(), key=lambda one: float(one[0]), reverse=True)
+    done = {share: row for share, row in rows if "result" in row}
     if not done:
         return
     dense = next(iter(done.values()))["result"]["dense"]
