@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tensors import tensor_of
+from tensors import tensor_of, weight_of
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+from rankfold.layers import block_names
+from rankfold.methods import Moments
 
 INPUTS, HIDDEN = 6, 24
 
@@ -41,6 +44,19 @@ def make(
         for index, parameter in enumerate(layer.parameters()):
             parameter.copy_(0.15 * tensor_of(parameter.shape, seed=index))
     return layer
+
+
+def moments_for(layer: Any, known: str = "both", rank: int | None = None) -> Moments:
+    """Of each layer and direction its own; `rank` of singular ones."""
+
+    def stacked(seed: int) -> torch.Tensor:
+        blocks = range(len(block_names(layer)))
+        return torch.stack([weight_of(layer.hidden_size, seed + b, rank) for b in blocks])
+
+    return Moments(
+        stacked(1) if known in ("states", "both") else None,
+        stacked(11) if known in ("gradients", "both") else None,
+    )
 
 
 def sequences(

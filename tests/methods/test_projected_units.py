@@ -2,12 +2,20 @@
 
 import copy
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
-from recurrent import HIDDEN, INPUTS, assert_same, every_kind, make, sequences, start_of
-from tensors import tensor_of, weight_of
+from recurrent import (
+    HIDDEN,
+    INPUTS,
+    assert_same,
+    every_kind,
+    make,
+    moments_for,
+    sequences,
+    start_of,
+)
+from tensors import tensor_of
 from torch import nn
 
 from rankfold.cost import count_layer_macs, count_parameters
@@ -19,19 +27,6 @@ METHOD = METHODS["projected-units"]()
 KINDS = [case for case in every_kind() if case.values[0] is nn.LSTM]
 every = pytest.mark.parametrize(("kind", "settings"), KINDS)
 KNOWN = pytest.mark.parametrize("known", ["nothing", "states", "gradients", "both"])
-
-
-def moments_for(layer: Any, known: str = "both", rank: int | None = None) -> Moments:
-    """Of each layer and direction its own; `rank` of singular ones."""
-
-    def stacked(seed: int) -> torch.Tensor:
-        blocks = range(len(block_names(layer)))
-        return torch.stack([weight_of(layer.hidden_size, seed + b, rank) for b in blocks])
-
-    return Moments(
-        stacked(1) if known in ("states", "both") else None,
-        stacked(11) if known in ("gradients", "both") else None,
-    )
 
 
 def projections(form: ProjectedUnits) -> torch.Tensor:
