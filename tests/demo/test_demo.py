@@ -8,6 +8,7 @@ import torch
 import rankfold
 from rankfold import demo
 from rankfold.cli import main
+from rankfold.cost import count_macs
 
 PACKAGE_DATA = Path(demo.__file__).parent
 
@@ -15,8 +16,10 @@ PACKAGE_DATA = Path(demo.__file__).parent
 def test_the_dense_network_is_as_good_as_it_is_said_to_be() -> None:
     test = demo.make_test()
     assert sum(len(labels) for _, labels in test) == 5000
-    assert demo.accuracy(demo.make_model(), test) == pytest.approx(0.944, abs=0.001)
-    assert rankfold.measure(demo.make_model(), demo.make_model(), test).before.macs == 116_353_280
+    model = demo.make_model()
+    assert demo.accuracy(model, test) == pytest.approx(0.944, abs=0.001)
+    image = test[0][0][:1]
+    assert count_macs(lambda: model(image)) == 116_353_280
 
 
 def test_calibration_images_are_not_test_images() -> None:

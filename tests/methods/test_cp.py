@@ -157,7 +157,7 @@ def test_the_same_layer_gives_the_same_factors(separable) -> None:
     [
         ("cp", nn.Conv2d(16, 16, 1), "svd serves it"),
         ("cp", nn.Conv2d(1, 16, 3), "only 1 channel on a side"),
-        ("cp", nn.Linear(16, 16), "no factorization for Linear"),
+        ("cp-separable", nn.Linear(16, 16), "no factorization for Linear"),
         ("cp-separable", nn.Conv2d(16, 16, (1, 3)), "along one axis alone"),
         ("cp-separable", nn.Conv1d(16, 16, 3), "along one axis alone"),
     ],

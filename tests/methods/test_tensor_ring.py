@@ -1,5 +1,7 @@
 """Rings of inputs, places and outputs."""
 
+import copy
+
 import pytest
 import torch
 from geometry import relative
@@ -67,12 +69,19 @@ def test_full_ranks_are_any_kernel_and_one_slice_is_tucker2(layer) -> None:
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_it_comes_near_alternating_least_squares_with_exact_cores(layer) -> None:
-    """That of `tensor_ring`, whose equations for a core grow with its ranks' fourth power."""
-    layer = layer.double()
-    tensor = layer.weight.detach().flatten(2).permute(1, 2, 0)
-    peer = tensor_ring(tensor, (2, 4, 4), starts=3).relative_error(tensor)
-    form = TensorRing(alignment=4, slices=2).fit(layer, WEIGHT_METRIC).build((4, 4))
-    assert relative(form.to_dense().weight, layer.weight) < 1.03 * peer
+    """That of `tensor_ring`, whose equations for a core grow with its ranks' fourth power.
+
+    On average: each of the two finds an optimum of its own.
+    """
+    ratios = []
+    for seed in range(4):
+        layer = copy.deepcopy(layer).double()
+        layer.weight = nn.Parameter(tensor_of(layer.weight.shape, seed=seed))
+        tensor = layer.weight.detach().flatten(2).permute(1, 2, 0)
+        peer = tensor_ring(tensor, (2, 4, 4), starts=3).relative_error(tensor)
+        form = TensorRing(alignment=4, slices=2).fit(layer, WEIGHT_METRIC).build((4, 4))
+        ratios.append(relative(form.to_dense().weight, layer.weight) / peer)
+    assert sum(ratios) / len(ratios) < 1.03
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
