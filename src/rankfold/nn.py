@@ -1,8 +1,8 @@
 """Layers for writing networks from scratch: of small tensors, and trained as any other.
 
-    from rankfold.nn import TensorTrainLinear
+from rankfold.nn import TensorTrainLinear
 
-    layer = TensorTrainLinear(1024, 1024, rank=8)
+layer = TensorTrainLinear(1024, 1024, rank=8)
 """
 
 from rankfold.layers import (
