@@ -13,8 +13,10 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(example.strip().splitlines()) <= 15
-    batches = demo.make_data()[:12]  # fewer than a reader has: this is about running at all
-    monkeypatch.setattr(demo, "make_data", lambda: batches)
+    # Fewer batches than a reader has: this is about running at all.
+    for name in ("make_data", "make_test"):
+        batches = getattr(demo, name)()[:12]
+        monkeypatch.setattr(demo, name, lambda batches=batches: batches)
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     assert "MACs per sample" in capsys.readouterr().out
