@@ -20,7 +20,7 @@ import torch
 ROWS = "z"
 # What reading or writing a number takes, in multiply-accumulates: results are moved to where the
 # next product needs them, and are often larger than a cache. On a CPU 20 in cache, 150 beyond.
-_TRAFFIC = 64
+_TRAFFIC = 128
 _MANY = 2**24  # rows, above which no other order is looked for
 _EXPORTED = 32  # rows that a program with any number of rows is made for
 
