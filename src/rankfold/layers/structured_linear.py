@@ -128,11 +128,16 @@ class StructuredLinear(nn.ModuleList):
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        said = self.said_of_products()
+        return sizes if said is None else f"{sizes}, {said}"
+
+    def said_of_products(self) -> str | None:
+        """In which way the layer multiplies, and what both ways take; None if it was not timed."""
         if self.product_times is None:
-            return sizes
+            return None
         factors, weight = self.product_times
         by = "weight" if self.uses_weight else "factors"
-        return f"{sizes}, by {by}: {factors:.3g} ms by factors, {weight:.3g} ms by weight"
+        return f"by {by}: {factors:.3g} ms by factors, {weight:.3g} ms by weight"
 
     def written_out(self) -> torch.Tensor:
         """The weight in the factors' precision; in eval mode, without gradients, it is kept."""
