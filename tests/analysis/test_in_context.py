@@ -1,41 +1,57 @@
-import time
-
 import pytest
 import torch
 from torch import nn
 
+from rankfold.analysis import in_context
 from rankfold.analysis.in_context import milliseconds_in_place, milliseconds_inside
 
 CPU = torch.device("cpu")
 
 
+class Clock:
+    """Time that passes only where a layer says so."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(in_context, "time", clock)
+    return clock
+
+
 class Slow(nn.Module):
     """Takes so many milliseconds, and counts its calls."""
 
-    def __init__(self, milliseconds: float) -> None:
+    def __init__(self, clock: Clock, milliseconds: float) -> None:
         super().__init__()
-        self.milliseconds, self.calls = milliseconds, 0
+        self.clock, self.milliseconds, self.calls = clock, milliseconds, 0
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        time.sleep(1e-3 * self.milliseconds)
+        self.clock.seconds += 1e-3 * self.milliseconds
         return tensor + self.milliseconds
 
 
-def test_only_these_layers_are_timed_over_all_their_calls() -> None:
-    first, second = Slow(2), Slow(20)
+def test_only_these_layers_are_timed_over_all_their_calls(clock) -> None:
+    first, second = Slow(clock, 2), Slow(clock, 20)
 
     def call() -> torch.Tensor:
         return second(first(first(torch.zeros(1))))
 
-    assert 4 <= milliseconds_inside([first], call, CPU) < 20
-    assert milliseconds_inside([first, second], call, CPU) >= 24
+    assert milliseconds_inside([first], call, CPU) == pytest.approx(4)
+    assert milliseconds_inside([first, second], call, CPU) == pytest.approx(24)
     assert milliseconds_inside([], call, CPU) == 0
     assert not first._forward_hooks and not first._forward_pre_hooks
 
 
-def test_forms_get_what_the_layers_get_and_the_network_goes_on_as_it_was() -> None:
-    layer, other, form = Slow(20), Slow(0), Slow(2)
+def test_forms_get_what_the_layers_get_and_the_network_goes_on_as_it_was(clock) -> None:
+    layer, other, form = Slow(clock, 20), Slow(clock, 0), Slow(clock, 2)
     seen, given = [], []
     form.register_forward_pre_hook(lambda module, args: given.append(args[0].item()))
 
@@ -44,7 +60,7 @@ def test_forms_get_what_the_layers_get_and_the_network_goes_on_as_it_was() -> No
         seen.append(output.item())
         return output
 
-    assert 2 <= milliseconds_in_place({layer: form}, call, CPU) < 20
+    assert milliseconds_in_place({layer: form}, call, CPU) == pytest.approx(2)
     assert set(seen) == {21} and set(given) == {1} and form.calls == layer.calls
     assert not layer._forward_hooks
 
