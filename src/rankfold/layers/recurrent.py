@@ -82,7 +82,7 @@ class FewerUnits(ReducedStates):
         """
         check_ranks((units,), (layer.hidden_size,), layer)
         device = device or cast(torch.Tensor, layer.weight_hh_l0).device
-        super().__init__(layer, _like(layer, units, device), units)
+        super().__init__(layer, recurrent_like(layer, units, device), units)
         blocks = layer.num_layers * directions_of(layer)
         self.register_buffer("kept", torch.arange(units).repeat(blocks, 1).to(device))
 
@@ -117,7 +117,9 @@ class ProjectedUnits(ReducedStates):
         """
         check_ranks((states,), (layer.hidden_size - 1,), layer)
         device = device or cast(torch.Tensor, layer.weight_hh_l0).device
-        super().__init__(layer, _like(layer, layer.hidden_size, device, proj_size=states), states)
+        super().__init__(
+            layer, recurrent_like(layer, layer.hidden_size, device, proj_size=states), states
+        )
 
     def restricted(self, states: Any) -> Any:
         hidden, cells = states
@@ -146,7 +148,10 @@ def block_names(layer: Recurrent) -> list[str]:
     return [f"l{index}{end}" for index in range(layer.num_layers) for end in reverse]
 
 
-def _like(layer: Recurrent, units: int, device: torch.device | str, **kind: Any) -> Recurrent:
+def recurrent_like(
+    layer: Recurrent, units: int, device: torch.device | str, **kind: Any
+) -> Recurrent:
+    """A layer of the shape and dtype of another, of so many units; `kind`: further settings."""
     if isinstance(layer, nn.RNN):
         kind["nonlinearity"] = layer.nonlinearity
     return type(layer)(

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from rankfold.errors import UnsupportedLayerError
-from rankfold.layers.recurrent import Recurrent, block_names, directions_of
+from rankfold.layers.recurrent import Recurrent, block_names, directions_of, recurrent_like
 from rankfold.layers.structured_linear import StructuredLinear
 
 
@@ -72,7 +72,10 @@ class StructuredRecurrent(nn.Module):
 
     def to_dense(self) -> Recurrent:
         """The recurrent layer that this represents, with copies of its parameters."""
-        dense = _like(self.recurrent)
+        own = self.recurrent
+        kind = {"proj_size": own.proj_size} if own.proj_size else {}
+        device = cast(torch.Tensor, own.weight_hh_l0).device
+        dense = recurrent_like(own, own.hidden_size, device, **kind)
         state = {name: value.clone() for name, value in self.recurrent.state_dict().items()}
         for name, layer in self.inputs.items():
             state[name] = cast(StructuredLinear, layer).to_weight().detach()
@@ -84,23 +87,3 @@ class StructuredRecurrent(nn.Module):
         for place, name in enumerate(self.recurrent._flat_weights_names):
             if name in self.inputs:
                 self.recurrent._flat_weights[place] = None
-
-
-def _like(layer: Recurrent) -> Recurrent:
-    """A recurrent layer of the same shape."""
-    kind: dict[str, Any] = {"nonlinearity": layer.nonlinearity} if type(layer) is nn.RNN else {}
-    if layer.proj_size:
-        kind["proj_size"] = layer.proj_size
-    weight = cast(torch.Tensor, layer.weight_hh_l0)
-    return type(layer)(
-        layer.input_size,
-        layer.hidden_size,
-        layer.num_layers,
-        bias=layer.bias,
-        batch_first=layer.batch_first,
-        dropout=layer.dropout,
-        bidirectional=layer.bidirectional,
-        device=weight.device,
-        dtype=weight.dtype,
-        **kind,
-    )
