@@ -46,6 +46,36 @@ def make(
     return layer
 
 
+def every_cell() -> list[Any]:
+    """LSTM, GRU and RNN cells, and the layers of one direction that do the same."""
+    kinds: list[tuple[type[nn.RNNCellBase], type[nn.RNNBase], dict[str, Any]]] = [
+        (nn.LSTMCell, nn.LSTM, {}),
+        (nn.GRUCell, nn.GRU, {"bias": False}),
+        (nn.RNNCell, nn.RNN, {}),
+        (nn.RNNCell, nn.RNN, {"nonlinearity": "relu"}),
+    ]
+    return [
+        pytest.param(*case, id=f"{case[0].__name__}-{index}") for index, case in enumerate(kinds)
+    ]
+
+
+def cell_of(kind: type[nn.RNNCellBase], layer: Any) -> Any:
+    """The cell of this kind with the weights of a recurrent layer of one direction."""
+    settings = {"nonlinearity": layer.nonlinearity} if kind is nn.RNNCell else {}
+    made: Any = kind(INPUTS, HIDDEN, bias=layer.bias, dtype=layer.weight_hh_l0.dtype, **settings)
+    made.load_state_dict({n.removesuffix("_l0"): v for n, v in layer.state_dict().items()})
+    return made.eval()
+
+
+def run_cell(cell: Any, steps: torch.Tensor, start: Any = None) -> tuple[torch.Tensor, Any]:
+    """What a recurrent layer would return: (steps, ..., hidden), and the last states."""
+    states, outputs = start, []
+    for step in steps:
+        states = cell(step, states)
+        outputs.append(states[0] if isinstance(states, tuple) else states)
+    return torch.stack(outputs), states
+
+
 def moments_for(layer: Any, known: str = "both", rank: int | None = None) -> Moments:
     """Of each layer and direction its own; `rank` of singular ones."""
 

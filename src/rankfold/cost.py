@@ -7,6 +7,7 @@ layers fused by oneDNN or cuDNN) is told to it here.
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -52,8 +53,9 @@ def count_layer_macs(layer: nn.Module, input_shapes: Sequence[Sequence[int]]) ->
             return count_macs(partial(layer, given))
 
         if isinstance(layer, nn.RNNBase | ReducedStates):
-            return sum(_count_steps(layer, shape, count) for shape in input_shapes)
-        return sum(map(count, input_shapes))
+            count = partial(_count_steps, layer, count)
+        calls = Counter(map(tuple, input_shapes))  # a cell is called alike for every step
+        return sum(times * count(shape) for shape, times in calls.items())
 
 
 def shape_of_call(layer: nn.Module, given: torch.Tensor) -> tuple[int, ...]:
@@ -76,7 +78,7 @@ def example_input(
 
 
 def _count_steps(
-    layer: nn.RNNBase | ReducedStates, shape: Sequence[int], count: Callable[[Sequence[int]], int]
+    layer: nn.RNNBase | ReducedStates, count: Callable[[Sequence[int]], int], shape: Sequence[int]
 ) -> int:
     """Of a recurrent layer from two counts: the meta device goes slowly through equal steps."""
     axis = 1 if layer.batch_first and len(shape) == 3 else 0

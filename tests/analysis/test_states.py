@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from recurrent import every_kind, make, sequences
+from recurrent import cell_of, every_cell, every_kind, make, run_cell, sequences
 from tensors import tensor_of
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
@@ -144,3 +144,30 @@ def test_inputs_that_are_not_finite_are_named() -> None:
     given[0, 0, 0] = torch.nan
     with pytest.raises(CalibrationError, match="layer 'rnn' is given NaN"):
         gathered(Wrapped(layer), given)
+
+
+@pytest.mark.parametrize(("kind", "of", "settings"), every_cell())
+def test_a_cell_run_in_a_loop_has_the_statistics_of_the_layer(kind, of, settings) -> None:
+    layer = make(of, settings)
+    given, label = tensor_of((5, 3, layer.input_size), seed=3), tensor_of((3, layer.hidden_size))
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = cell_of(kind, layer)
+
+        def forward(self, steps: torch.Tensor) -> torch.Tensor:
+            return run_cell(self.rnn, steps)[0][-1]
+
+    ours, theirs = (
+        gathered(model, (given, label), curvature=Labels(summed))
+        for model in (Loop(), Wrapped(layer, lambda found: found[0][-1]))
+    )
+    assert ours.positions == theirs.positions
+    torch.testing.assert_close(ours.inputs, theirs.inputs)
+    torch.testing.assert_close(ours.magnitudes, theirs.magnitudes)
+    torch.testing.assert_close(ours.gradients["labels"], theirs.gradients["labels"])
+    with torch.inference_mode():
+        given = given.clone()
+    nothing = gathered(Loop(), (given, label), curvature=Labels(lambda o, l: o.sum().detach()))
+    torch.testing.assert_close(nothing.inputs, theirs.inputs)

@@ -92,9 +92,9 @@ def test_it_is_exported_and_its_weights_are_loaded(kind) -> None:
 
 def test_blocks_are_named_as_torch_names_them() -> None:
     layer = nn.GRU(4, 8, num_layers=2, bidirectional=True)
-    assert block_names(layer) == ["l0", "l0_reverse", "l1", "l1_reverse"]
-    assert all(hasattr(layer, f"weight_hh_{name}") for name in block_names(layer))
-    assert directions_of(layer) == 2 and block_names(nn.GRU(4, 8)) == ["l0"]
+    assert block_names(layer) == ["_l0", "_l0_reverse", "_l1", "_l1_reverse"]
+    assert all(hasattr(layer, f"weight_hh{name}") for name in block_names(layer))
+    assert directions_of(layer) == 2 and block_names(nn.GRU(4, 8)) == ["_l0"]
 
 
 @pytest.mark.parametrize("units", [0, HIDDEN + 1])

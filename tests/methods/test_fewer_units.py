@@ -10,9 +10,12 @@ from recurrent import (
     HIDDEN,
     INPUTS,
     assert_same,
+    cell_of,
+    every_cell,
     every_kind,
     make,
     moments_for,
+    run_cell,
     sequences,
     start_of,
 )
@@ -339,7 +342,7 @@ def test_candidates_are_aligned() -> None:
     ("layer", "words"),
     [
         (nn.Linear(32, 32), "no factorization for Linear layers"),
-        (nn.LSTMCell(32, 32), "no factorization for LSTMCell layers"),
+        (nn.LSTMCell(32, 8), "only 8 hidden units"),
         (nn.LSTM(32, 32, proj_size=16), "its 32 units are projected to 16 already"),
         (nn.GRU(32, 8), "only 8 hidden units"),
     ],
@@ -356,3 +359,55 @@ def test_moments_that_rounding_left_indefinite_are_served() -> None:
     family = METHOD.fit(layer, rounded)
     assert 0 <= family.loss((8,)) < 1e-4
     assert family.build((8,)).states.abs().max() < 1e3
+
+
+cells = pytest.mark.parametrize(("kind", "of", "settings"), every_cell())
+
+
+@cells
+@KNOWN
+def test_a_cell_does_what_the_recurrent_layer_does(kind, of, settings, known) -> None:
+    """Of the same moments the same units and losses, and step by step the same states."""
+    layer = make(of, settings)
+    cell = cell_of(kind, layer)
+    families = [METHOD.fit(one, moments_for(layer, known)) for one in (layer, cell)]
+    assert families[0].ranks() == families[1].ranks()
+    for rank in families[0].ranks():
+        assert families[0].loss(rank) == families[1].loss(rank)
+        form, of_cell = (family.build(rank) for family in families)
+        assert torch.equal(form.kept[0], of_cell.kept)
+        given = tensor_of((5, 3, INPUTS), seed=1)
+        start = start_of(layer, given)
+        whole, states = form(given, start)
+        one = tuple(s[0] for s in start) if isinstance(start, tuple) else start[0]
+        ours, last = run_cell(of_cell, given, one)
+        assert_same(ours, whole)
+        assert_same(last, tuple(s[0] for s in states) if isinstance(states, tuple) else states[0])
+        assert_same(run_cell(of_cell, given[:, 0])[0], form(given[:, 0])[0])
+
+
+@cells
+def test_a_cell_at_full_rank_and_its_skeleton(kind, of, settings) -> None:
+    cell = cell_of(kind, make(of, settings, torch.float32))
+    family = METHOD.fit(cell, WEIGHT_METRIC)
+    assert METHOD.why_not(cell) is None
+    given = tensor_of((4, 3, INPUTS), torch.float32)
+    assert_same(run_cell(family.build((HIDDEN,)), given), run_cell(cell, given), 1e-5)
+    skeleton, form = METHOD.skeleton(cell, (8,)), family.build((8,))
+    assert all(value.is_meta for value in skeleton.state_dict().values())
+    assert repr(skeleton) == repr(form)
+    gates = len(cell.weight_hh) // HIDDEN
+    matrices = gates * 8 * (INPUTS + 8) + 8 * HIDDEN
+    biases = 2 * gates * 8 if cell.bias else 0
+    assert count_parameters(skeleton) == count_parameters(form) == matrices + biases
+    states = 2 if kind is nn.LSTMCell else 1  # that are read out
+    macs = 5 * 3 * (matrices + (states - 1) * 8 * HIDDEN)
+    assert count_layer_macs(skeleton, [(3, INPUTS)] * 5) == macs
+    again = METHOD.skeleton(cell, (8,)).to_empty(device="cpu")
+    again.load_state_dict(form.state_dict())
+    assert_same(run_cell(again.eval(), given), run_cell(form, given), 0)
+    run_cell(form, given)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in form.parameters())
+    for rank in ((0,), (HIDDEN + 1,)):
+        with pytest.raises(RankError):
+            METHOD.skeleton(cell, rank)

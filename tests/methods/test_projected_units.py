@@ -32,7 +32,7 @@ KNOWN = pytest.mark.parametrize("known", ["nothing", "states", "gradients", "bot
 def projections(form: ProjectedUnits) -> torch.Tensor:
     return torch.stack(
         [
-            getattr(form.recurrent, f"weight_hr_{name}").detach()
+            getattr(form.recurrent, f"weight_hr{name}").detach()
             for name in block_names(form.recurrent)
         ]
     )

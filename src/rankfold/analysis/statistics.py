@@ -23,8 +23,10 @@ from rankfold.analysis.unrolled import run_unrolled
 from rankfold.batches import Forward, all_finite, batch_size, run_or_explain, running
 from rankfold.errors import CalibrationError
 from rankfold.layers import (
+    CELLS,
     RECURRENT,
     TRANSPOSED,
+    Cell,
     Convolution,
     Dense,
     Recurrent,
@@ -34,7 +36,7 @@ from rankfold.layers import (
     has_features_last,
 )
 
-Layer = Dense | Transposed | Recurrent | nn.Embedding | TiedLayers
+Layer = Dense | Transposed | Recurrent | Cell | nn.Embedding | TiedLayers
 
 # Up to this many entries of a patch its whole moment is kept; of larger ones, the channels'.
 PATCH_LIMIT = 2304
@@ -166,11 +168,11 @@ def _weights_of(
 
 def _blocks(layer: nn.Module) -> Sequence[str]:
     """What there is one moment of each: a layer, or each layer and direction of a recurrent one."""
-    return block_names(layer) if isinstance(layer, RECURRENT) else ("",)
+    return block_names(layer) if isinstance(layer, (*RECURRENT, *CELLS)) else ("",)
 
 
 def _stacked(blocks: Sequence[Statistics], layer: nn.Module) -> Statistics:
-    if not isinstance(layer, nn.RNNBase):
+    if not isinstance(layer, nn.RNNBase | Cell):
         return blocks[0]
     curvatures = list(dict.fromkeys(name for block in blocks for name in block.gradients))
     nothing = torch.zeros_like(blocks[0].inputs)  # of a block whose states nothing reads
@@ -266,6 +268,9 @@ class _Watcher:
         if isinstance(module, nn.RNNBase):
             given = dict(zip(("input", "hx"), inputs, strict=False), **named)
             return self._recurrent(name, module, given["input"], given.get("hx"), output)
+        if isinstance(module, CELLS):
+            given = inputs[0] if inputs else named["input"]
+            return self._cell(name, given, output)
         (total,) = self.sums[name]
         rows = (inputs[0] if inputs else next(iter(named.values()))).detach()
         with torch.inference_mode(False), torch.no_grad():
@@ -296,24 +301,35 @@ class _Watcher:
         data = given.data if isinstance(given, PackedSequence) else given
         self._check(data.detach(), f"layer '{name}' is given", "")
         traced = torch.is_grad_enabled() and not data.is_inference()
-
-        def seen(block: int, states: torch.Tensor) -> torch.Tensor:
-            total = self.sums[name][block]
-            with torch.no_grad():
-                total.add_inputs(states.detach(), len(states))
-            if not traced:
-                return states
-            # Steps that no output of the network goes back to have gradients too: of zero.
-            for curvature, times in self.draws.items():
-                total.count_gradients(curvature, times * len(states))
-            return _watched(states, partial(self._state_backward, name, block))
-
         with torch.inference_mode(False), torch.set_grad_enabled(traced):
-            found = run_unrolled(module, given, hx, seen)
+            found = run_unrolled(module, given, hx, partial(self._states, name))
         return found if traced else output
 
+    def _cell(self, name: str, given: torch.Tensor, output: Any) -> Any:
+        self._check(given.detach(), f"layer '{name}' is given", "")
+        states, *others = output if isinstance(output, tuple) else (output,)
+        traced = torch.is_grad_enabled() and not states.is_inference()
+        with torch.inference_mode(False), torch.set_grad_enabled(traced):
+            states = self._states(name, 0, states)
+        if not traced:
+            return output
+        return (states, *others) if others else states
+
+    def _states(self, name: str, block: int, states: torch.Tensor) -> torch.Tensor:
+        """Take note of the states of one step, (sequences, hidden) or (hidden,)."""
+        total = self.sums[name][block]
+        count = states[..., 0].numel()
+        with torch.no_grad():
+            total.add_inputs(states.detach().reshape(count, -1), count)
+        if not torch.is_grad_enabled():
+            return states
+        # Steps that no output of the network goes back to have gradients too: of zero.
+        for curvature, times in self.draws.items():
+            total.count_gradients(curvature, times * count)
+        return _watched(states, partial(self._state_backward, name, block))
+
     def _state_backward(self, name: str, block: int, gradient: torch.Tensor) -> None:
-        rows = gradient.detach()
+        rows = gradient.detach().reshape(-1, gradient.shape[-1])
         self._check(rows, f"layer '{name}' gets", "gradients ")
         self.sums[name][block].add_gradients(self.curvature, rows, len(rows))
 

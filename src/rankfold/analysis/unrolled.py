@@ -77,9 +77,9 @@ def _run(
 
     Steps may be of fewer sequences than there are: the first ones, as in a `PackedSequence`.
     """
-    weights = [getattr(layer, f"{kind}_{name}") for kind in ("weight_ih", "weight_hh")]
+    weights = [getattr(layer, f"{kind}{name}") for kind in ("weight_ih", "weight_hh")]
     if layer.bias:
-        weights += [getattr(layer, f"{kind}_{name}") for kind in ("bias_ih", "bias_hh")]
+        weights += [getattr(layer, f"{kind}{name}") for kind in ("bias_ih", "bias_hh")]
     states, found = list(start), []
     for step in steps:
         active = len(step)

@@ -32,13 +32,17 @@ from rankfold.layers.modes import balanced_modes, modes_of, paired_modes
 from rankfold.layers.monarch import MonarchLinear, balanced_blocks, block_lengths
 from rankfold.layers.monochromatic import MonochromaticConvolution
 from rankfold.layers.recurrent import (
+    CELLS,
     RECURRENT,
+    Cell,
     FewerUnits,
+    FewerUnitsCell,
     ProjectedUnits,
     Recurrent,
     ReducedStates,
     block_names,
     directions_of,
+    recurrent_weight,
 )
 from rankfold.layers.selected import ChannelSelection, SelectedChannels
 from rankfold.layers.separable import (
@@ -84,6 +88,7 @@ from rankfold.layers.tucker_linear import TuckerLinear
 from rankfold.layers.two_factor import TwoFactorConvolution, TwoFactorLinear
 
 __all__ = [
+    "CELLS",
     "CONVOLUTIONS",
     "PROJECTIONS",
     "RECURRENT",
@@ -95,11 +100,13 @@ __all__ = [
     "BlockTermLinear",
     "CPConvolution",
     "CPLinear",
+    "Cell",
     "ChannelSelection",
     "CirculantLinear",
     "Convolution",
     "Dense",
     "FewerUnits",
+    "FewerUnitsCell",
     "FixedBasisConvolution",
     "FlattenedConvolution",
     "Form",
@@ -161,6 +168,7 @@ __all__ = [
     "modes_of",
     "paired_modes",
     "possible_groups",
+    "recurrent_weight",
     "ring_limits",
     "separable_limit",
     "split_kernel",

@@ -1,4 +1,4 @@
-"""Recurrent layers of fewer states, which give the outputs of all the units there were."""
+"""Recurrent layers and cells of fewer states, which give those of all the units there were."""
 
 from typing import Any, cast
 
@@ -9,7 +9,9 @@ from torch.nn.utils.rnn import PackedSequence
 from rankfold.layers.form import check_ranks
 
 Recurrent = nn.LSTM | nn.GRU | nn.RNN
+Cell = nn.LSTMCell | nn.GRUCell | nn.RNNCell
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
+CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
 
 class ReducedStates(nn.Module):
@@ -24,7 +26,7 @@ class ReducedStates(nn.Module):
     def __init__(self, layer: Recurrent, recurrent: Recurrent, states: int) -> None:
         """Of the shape and dtype of `layer`; `recurrent` gives so many states in each direction."""
         super().__init__()
-        weight = cast(torch.Tensor, recurrent.weight_hh_l0)
+        weight = recurrent_weight(recurrent)
         self.input_size, self.hidden_size = layer.input_size, layer.hidden_size
         self.num_layers, self.batch_first = layer.num_layers, layer.batch_first
         self.bidirectional = layer.bidirectional
@@ -81,7 +83,7 @@ class FewerUnits(ReducedStates):
         RankError for units outside 1..hidden_size.
         """
         check_ranks((units,), (layer.hidden_size,), layer)
-        device = device or cast(torch.Tensor, layer.weight_hh_l0).device
+        device = device or recurrent_weight(layer).device
         super().__init__(layer, recurrent_like(layer, units, device), units)
         blocks = layer.num_layers * directions_of(layer)
         self.register_buffer("kept", torch.arange(units).repeat(blocks, 1).to(device))
@@ -116,7 +118,7 @@ class ProjectedUnits(ReducedStates):
         outside 1..hidden_size - 1.
         """
         check_ranks((states,), (layer.hidden_size - 1,), layer)
-        device = device or cast(torch.Tensor, layer.weight_hh_l0).device
+        device = device or recurrent_weight(layer).device
         super().__init__(
             layer, recurrent_like(layer, layer.hidden_size, device, proj_size=states), states
         )
@@ -125,7 +127,7 @@ class ProjectedUnits(ReducedStates):
         hidden, cells = states
         batched = hidden if hidden.dim() == 3 else hidden[:, None]
         names = block_names(self.recurrent)
-        projections = torch.stack([getattr(self.recurrent, f"weight_hr_{n}") for n in names])
+        projections = torch.stack([getattr(self.recurrent, f"weight_hr{n}") for n in names])
         projected = torch.bmm(batched, projections.mT)
         return projected.reshape(*hidden.shape[:-1], -1), cells
 
@@ -134,18 +136,63 @@ class ProjectedUnits(ReducedStates):
         return self._all_units(hidden), cells
 
 
-def directions_of(layer: Recurrent) -> int:
-    """1, or 2 of a bidirectional layer."""
-    return 2 if layer.bidirectional else 1
+class FewerUnitsCell(nn.Module):
+    """A smaller `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell`, and a linear readout of all units.
 
-
-def block_names(layer: Recurrent) -> list[str]:
-    """How torch ends the names of the parameters of each layer and direction: `l0_reverse`.
-
-    In the order of the states h_n.
+    Called as the dense cell is, with the states of all units, of which it reads the kept ones.
     """
+
+    def __init__(self, cell: Cell, units: int, device: torch.device | str | None = None) -> None:
+        """The shape, bias and dtype of `cell` with so many units; on `device`, or that of `cell`.
+
+        With torch's initial values, the first units kept. Raises RankError for units outside
+        1..hidden_size.
+        """
+        super().__init__()
+        check_ranks((units,), (cell.hidden_size,), cell)
+        made: dict[str, Any] = {
+            "device": device or cell.weight_hh.device,
+            "dtype": cell.weight_hh.dtype,
+        }
+        kind = {"nonlinearity": cell.nonlinearity} if isinstance(cell, nn.RNNCell) else {}
+        self.input_size, self.hidden_size = cell.input_size, cell.hidden_size
+        self.recurrent = type(cell)(cell.input_size, units, cell.bias, **kind, **made)
+        self.readout = nn.Linear(units, cell.hidden_size, False, **made)
+        self.register_buffer("kept", torch.arange(units).to(made["device"]))
+        self.train(cell.training)
+
+    def forward(self, input: torch.Tensor, hx: Any = None) -> Any:  # noqa: A002  (torch's name)
+        """h, or (h, c) of an LSTM, (batch, hidden) or (hidden,); c is read out as h is."""
+        kept = cast(torch.Tensor, self.kept)
+        if isinstance(hx, tuple | list):
+            hx = tuple(state.index_select(-1, kept) for state in hx)
+        elif hx is not None:
+            hx = hx.index_select(-1, kept)
+        states = self.recurrent(input, hx)
+        if isinstance(states, tuple):
+            return self.readout(torch.stack(states)).unbind()
+        return self.readout(states)
+
+
+def directions_of(layer: Recurrent | Cell) -> int:
+    """1, or 2 of a bidirectional layer."""
+    return 2 if isinstance(layer, RECURRENT) and layer.bidirectional else 1
+
+
+def block_names(layer: Recurrent | Cell) -> list[str]:
+    """How torch ends the names of the parameters of each layer and direction: `_l0_reverse`.
+
+    In the order of the states h_n. Those of a cell have no such ending.
+    """
+    if isinstance(layer, CELLS):
+        return [""]
     reverse = ("", "_reverse")[: directions_of(layer)]
-    return [f"l{index}{end}" for index in range(layer.num_layers) for end in reverse]
+    return [f"_l{index}{end}" for index in range(layer.num_layers) for end in reverse]
+
+
+def recurrent_weight(layer: Recurrent | Cell) -> torch.Tensor:
+    """The first recurrent matrix, (gates * hidden, hidden)."""
+    return cast(torch.Tensor, getattr(layer, f"weight_hh{block_names(layer)[0]}"))
 
 
 def recurrent_like(
@@ -163,6 +210,6 @@ def recurrent_like(
         dropout=layer.dropout if layer.num_layers > 1 else 0.0,
         bidirectional=layer.bidirectional,
         device=device,
-        dtype=cast(torch.Tensor, layer.weight_hh_l0).dtype,
+        dtype=recurrent_weight(layer).dtype,
         **kind,
     )

@@ -40,7 +40,7 @@ class StructuredRecurrent(nn.Module):
         """
         super().__init__()
         old = [
-            (f"weight_ih_{end}", recurrent.get_parameter(f"weight_ih_{end}"))
+            (f"weight_ih{end}", recurrent.get_parameter(f"weight_ih{end}"))
             for end in block_names(recurrent)[: directions_of(recurrent)]
         ]
         self.recurrent, self.inputs = recurrent, nn.ModuleDict()

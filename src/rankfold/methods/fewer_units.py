@@ -1,4 +1,4 @@
-"""Fewer hidden units of a recurrent layer: LSTM, GRU or plain.
+"""Fewer hidden units of a recurrent layer or cell: LSTM, GRU or plain.
 
 A unit is removed from all gates at once (intrinsic sparse structures: Wen et al. 2018), which
 leaves a smaller layer of the same kind, on torch's fused kernels. Here the units are neither
@@ -13,19 +13,23 @@ the metric of G; units are taken away one by one, each time the one that is miss
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from rankfold.decompose.decomposition import working_precision
 from rankfold.layers import (
+    CELLS,
     RECURRENT,
+    Cell,
     FewerUnits,
+    FewerUnitsCell,
     Recurrent,
     block_names,
     check_ranks,
     directions_of,
+    recurrent_weight,
 )
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, other_kind
 from rankfold.methods.moments import Moments
@@ -39,11 +43,13 @@ _LEAST = 1e-10
 class RemoveUnits:
     """h ≈ R h_S: a layer of r units in each direction of each of its layers, and a readout.
 
-    Takes `nn.LSTM`, `nn.GRU` and `nn.RNN` with any number of layers and directions. Ranks are (r,).
+    Takes `nn.LSTM`, `nn.GRU` and `nn.RNN` with any number of layers and directions, and the cells
+    of these. Ranks are (r,).
 
     The moments are those of the states, one block for each layer and direction in the order of h_n:
-    A and G (layers * directions, hidden, hidden). Without A the units count as uncorrelated, each
-    as much as its weights; without A and G the next step's gates read them, and the outputs.
+    A and G (layers * directions, hidden, hidden); of a cell there is one. Without A the units count
+    as uncorrelated, each as much as its weights; without A and G the next step's gates read them,
+    and the outputs.
     """
 
     name: ClassVar[str] = "fewer-units"
@@ -53,29 +59,29 @@ class RemoveUnits:
         check_alignment(self.alignment)
 
     def why_not(self, layer: nn.Module) -> str | None:
-        if type(layer) not in RECURRENT or not isinstance(layer, Recurrent):
+        if type(layer) not in (*RECURRENT, *CELLS) or not isinstance(layer, Recurrent | Cell):
             return other_kind(layer)
-        if layer.proj_size > 0:
+        if isinstance(layer, Recurrent) and layer.proj_size > 0:
             return f"its {layer.hidden_size} units are projected to {layer.proj_size} already"
         if layer.hidden_size <= self.alignment:
             return f"only {layer.hidden_size} hidden units to reduce"
         return None
 
-    def fit(self, layer: Recurrent, moments: Moments) -> "RemovedUnits":
+    def fit(self, layer: Recurrent | Cell, moments: Moments) -> "RemovedUnits":
         states, gradients = state_moments(layer, moments)
         order = _most_needed_first(states, gradients)
         return RemovedUnits(layer, states, gradients, order, moments.scale, self.alignment)
 
-    def skeleton(self, layer: Recurrent, rank: Rank) -> FewerUnits:
+    def skeleton(self, layer: Recurrent | Cell, rank: Rank) -> FewerUnits | FewerUnitsCell:
         check_ranks(rank, (layer.hidden_size,), layer)
-        return FewerUnits(layer, rank[0], device="meta")
+        return _skeleton(layer, rank[0])
 
 
 @dataclass(frozen=True)
 class RemovedUnits:
     """A layer with its most needed units: every rank keeps the first ones of one order."""
 
-    layer: Recurrent
+    layer: Recurrent | Cell
     states: torch.Tensor  # A: (layers * directions, hidden, hidden), float64
     gradients: torch.Tensor  # G, likewise
     order: torch.Tensor  # (layers * directions, hidden), the most needed unit first
@@ -103,16 +109,22 @@ class RemovedUnits:
         check_ranks(rank, (self.layer.hidden_size,), self.layer)
         return self._losses[rank[0]].item()
 
-    def build(self, rank: Rank) -> FewerUnits:
+    def build(self, rank: Rank) -> FewerUnits | FewerUnitsCell:
         check_ranks(rank, (self.layer.hidden_size,), self.layer)
-        form = FewerUnits(self.layer, rank[0], device="meta")
+        form = _skeleton(self.layer, rank[0])
         kept = self.order[:, : rank[0]].clone(memory_format=torch.contiguous_format).sort().values
         readouts = [_readout(*block) for block in zip(self.states, kept, strict=True)]
         _assign(form, self.layer, kept, readouts)
         return form
 
 
-def state_moments(layer: Recurrent, moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+def _skeleton(layer: Recurrent | Cell, units: int) -> FewerUnits | FewerUnitsCell:
+    if isinstance(layer, CELLS):
+        return FewerUnitsCell(layer, units, device="meta")
+    return FewerUnits(layer, units, device="meta")
+
+
+def state_moments(layer: Recurrent | Cell, moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     """A and G of the states, (layers * directions, hidden, hidden), float64; of what is known.
 
     Without A the units count as uncorrelated, each as much as its weights; without A and G the next
@@ -129,7 +141,7 @@ def state_moments(layer: Recurrent, moments: Moments) -> tuple[torch.Tensor, tor
     return states, gradients.double()
 
 
-def _states_by_weights(layer: Recurrent) -> torch.Tensor:
+def _states_by_weights(layer: Recurrent | Cell) -> torch.Tensor:
     """The squared norms of the weights that a unit's candidate value is made with, as A.
 
     A unit without such weights and bias is 0 at all times.
@@ -137,23 +149,23 @@ def _states_by_weights(layer: Recurrent) -> torch.Tensor:
     moments = []
     for name in block_names(layer):
         kinds = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if layer.bias else [])]
-        blocks = (_gates(getattr(layer, f"{kind}_{name}"), layer) for kind in kinds)
+        blocks = (_gates(getattr(layer, f"{kind}{name}"), layer) for kind in kinds)
         # Of the gates of an LSTM and a GRU the third is the candidate.
         rows = torch.cat([block[min(2, len(block) - 1)].flatten(1) for block in blocks], 1)
         moments.append(rows.square().sum(1).diag())
     return torch.stack(moments)
 
 
-def _reads_by_weights(layer: Recurrent) -> torch.Tensor:
+def _reads_by_weights(layer: Recurrent | Cell) -> torch.Tensor:
     """As G: all that reads the states, the outputs and the gates of the next step, counts alike."""
     reads = []
     for name in block_names(layer):
-        weight = getattr(layer, f"weight_hh_{name}").detach().double()
+        weight = getattr(layer, f"weight_hh{name}").detach().double()
         reads.append(weight.mT @ weight + torch.eye(layer.hidden_size).to(weight))
     return torch.stack(reads)
 
 
-def _gates(parameter: torch.Tensor, layer: Recurrent) -> torch.Tensor:
+def _gates(parameter: torch.Tensor, layer: Recurrent | Cell) -> torch.Tensor:
     """(gates * hidden, ...) as (gates, hidden, entries), float64."""
     return parameter.detach().double().reshape(-1, layer.hidden_size, parameter[0].numel())
 
@@ -214,7 +226,10 @@ def _readout(states: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def _assign(
-    form: FewerUnits, layer: Recurrent, kept: torch.Tensor, readouts: Sequence[torch.Tensor]
+    form: FewerUnits | FewerUnitsCell,
+    layer: Recurrent | Cell,
+    kept: torch.Tensor,
+    readouts: Sequence[torch.Tensor],
 ) -> None:
     """The weights of the kept units, reading R h_S wherever they read h; copies."""
     directions = directions_of(layer)
@@ -230,16 +245,16 @@ def _assign(
         if below > 0:
             reads["weight_ih"] = torch.block_diag(*readouts[below - directions : below])
         for kind in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if layer.bias else ())):
-            dense = getattr(layer, f"{kind}_{name}")
+            dense = getattr(layer, f"{kind}{name}")
             rows = _gates(dense, layer)[:, kept[block]].flatten(0, 1)
             if kind in reads:
                 rows = rows @ reads[kind]
             rows = rows if dense.dim() == 2 else rows[:, 0]
-            setattr(small, f"{kind}_{name}", parameter(rows, dense))
-    like = cast(torch.Tensor, layer.weight_hh_l0)
-    top = torch.block_diag(*readouts[-directions:])
-    form.readout.weight = parameter(top, like)
-    form.states = parameter(torch.stack([readout.mT for readout in readouts]), like)
-    form.kept = kept.to(like.device)
-    small.flatten_parameters()
+            setattr(small, f"{kind}{name}", parameter(rows, dense))
+    like = recurrent_weight(layer)
+    form.readout.weight = parameter(torch.block_diag(*readouts[-directions:]), like)
+    form.kept = (kept if isinstance(form, FewerUnits) else kept[0]).to(like.device)
+    if isinstance(form, FewerUnits):
+        form.states = parameter(torch.stack([readout.mT for readout in readouts]), like)
+        small.flatten_parameters()
     form.train(layer.training)

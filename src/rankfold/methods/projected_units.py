@@ -11,12 +11,18 @@ them. The best R P of each rank is a truncated SVD of the identity in the metric
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from rankfold.layers import ProjectedUnits, block_names, check_ranks, directions_of
+from rankfold.layers import (
+    ProjectedUnits,
+    block_names,
+    check_ranks,
+    directions_of,
+    recurrent_weight,
+)
 from rankfold.methods.fewer_units import state_moments
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, other_kind
 from rankfold.methods.moments import Moments
@@ -112,19 +118,19 @@ def _assign(
         return nn.Parameter(value, like.requires_grad)
 
     projected: Any = form.recurrent
-    like = cast(torch.Tensor, layer.weight_hh_l0)
+    like = recurrent_weight(layer)
     for block, name in enumerate(block_names(layer)):
         below = block // directions * directions
         reads = {"weight_hh": readouts[block]}
         if below > 0:
             reads["weight_ih"] = torch.block_diag(*readouts[below - directions : below])
         for kind in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if layer.bias else ())):
-            dense = getattr(layer, f"{kind}_{name}")
+            dense = getattr(layer, f"{kind}{name}")
             value = dense.detach()
             if kind in reads:
                 value = value.double() @ reads[kind].to(value.device)
-            setattr(projected, f"{kind}_{name}", parameter(value, dense))
-        setattr(projected, f"weight_hr_{name}", parameter(projections[block], like))
+            setattr(projected, f"{kind}{name}", parameter(value, dense))
+        setattr(projected, f"weight_hr{name}", parameter(projections[block], like))
     form.readout.weight = parameter(torch.block_diag(*readouts[-directions:]), like)
     form.states = parameter(readouts.mT, like)
     projected.flatten_parameters()
