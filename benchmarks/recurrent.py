@@ -1,8 +1,7 @@
 """What the ways to make an LSTM smaller take on this device: an LSTM of english_g2's size.
 
-Bidirectional, 256 inputs and units, 50 steps. Fewer units and projected units are rankfold's
-methods, timed with and without the readout that a linear layer behind them takes in; a low-rank
-input product is a linear layer in front of the same LSTM. Times do not depend on weights. Writes
+Bidirectional, 256 inputs and units, 50 steps. Fewer units and projected units are timed with and
+without the readout that a linear layer behind them takes in. Times do not depend on weights. Writes
 benchmarks/recurrent.json and a table of docs/recurrent.md.
 """
 
@@ -15,7 +14,7 @@ from race import between_markers, grouped, machine, markdown_table, save
 from torch import nn
 
 from rankfold.cost import count_parameters
-from rankfold.layers import FewerUnits, ProjectedUnits, ReducedStates
+from rankfold.layers import FewerUnits, ProjectedInputs, ProjectedUnits, ReducedStates
 from rankfold.measure import latencies
 
 HERE = Path(__file__).parent
@@ -23,18 +22,6 @@ DOCUMENT = HERE.parent / "docs" / "recurrent.md"
 UNITS, STEPS = 256, 50
 BATCHES = (1, 32)
 RANKS = (128, 64, 32)
-
-
-class LowRankInputs(nn.Module):
-    """The product of all steps' inputs with a thin matrix, then an LSTM of fewer inputs."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(UNITS, rank, bias=False)
-        self.recurrent = nn.LSTM(rank, UNITS, bidirectional=True)
-
-    def forward(self, steps: torch.Tensor) -> torch.Tensor:
-        return self.recurrent(self.first(steps))[0]
 
 
 def contenders() -> dict[str, nn.Module]:
@@ -45,7 +32,7 @@ def contenders() -> dict[str, nn.Module]:
             made: ReducedStates = form(dense, rank)
             found[f"{name}, {rank}"] = made
             found[f"{name}, {rank}, readout merged"] = made.recurrent
-        found[f"low-rank inputs, {rank}"] = LowRankInputs(rank)
+        found[f"low-rank inputs, {rank}"] = ProjectedInputs(dense, rank)
     return found
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankfold.layers import ReducedStates
+from rankfold.layers import ProjectedInputs, ReducedStates
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -52,7 +52,7 @@ def count_layer_macs(layer: nn.Module, input_shapes: Sequence[Sequence[int]]) ->
             given = example_input(layer, shape, dtype, torch.device("meta"))
             return count_macs(partial(layer, given))
 
-        if isinstance(layer, nn.RNNBase | ReducedStates):
+        if isinstance(layer, nn.RNNBase | ReducedStates | ProjectedInputs):
             count = partial(_count_steps, layer, count)
         calls = Counter(map(tuple, input_shapes))  # a cell is called alike for every step
         return sum(times * count(shape) for shape, times in calls.items())
@@ -78,7 +78,9 @@ def example_input(
 
 
 def _count_steps(
-    layer: nn.RNNBase | ReducedStates, count: Callable[[Sequence[int]], int], shape: Sequence[int]
+    layer: nn.RNNBase | ReducedStates | ProjectedInputs,
+    count: Callable[[Sequence[int]], int],
+    shape: Sequence[int],
 ) -> int:
     """Of a recurrent layer from two counts: the meta device goes slowly through equal steps."""
     axis = 1 if layer.batch_first and len(shape) == 3 else 0

@@ -169,5 +169,41 @@ def test_a_cell_run_in_a_loop_has_the_statistics_of_the_layer(kind, of, settings
     torch.testing.assert_close(ours.gradients["labels"], theirs.gradients["labels"])
     with torch.inference_mode():
         given = given.clone()
-    nothing = gathered(Loop(), (given, label), curvature=Labels(lambda o, l: o.sum().detach()))
+    blind = Labels(lambda found, _: found.sum().detach())
+    nothing = gathered(Loop(), (given, label), curvature=blind)
     torch.testing.assert_close(nothing.inputs, theirs.inputs)
+
+
+@pytest.mark.parametrize(("kind", "settings"), every_kind())
+def test_the_moments_of_the_inputs_and_of_the_gradients_there(kind, settings) -> None:
+    layer = make(kind, settings)
+    axis = 1 if layer.batch_first else 0
+    given = sequences(layer)[0]
+    label = tensor_of(layer(given)[0].select(axis, -1).shape, seed=4)
+    model = Wrapped(layer, lambda found: found[0].select(axis, -1))
+    found = gathered(model, (given, label), curvature=Labels(summed))
+    assert found.given is not None and not given.requires_grad
+    rows = given.flatten(0, 1)
+    torch.testing.assert_close(found.given.inputs, rows.mT @ rows / len(rows))
+    assert found.given.positions == len(rows) / len(given)
+    known = given.clone().requires_grad_()
+    (model(known) * label).sum().backward()
+    # Of a loss that is a mean over samples, which are along the first mode of a batch.
+    at_inputs = known.grad.flatten(0, 1) * len(given) / len(label)
+    torch.testing.assert_close(
+        found.given.gradients["labels"], at_inputs.mT @ at_inputs / len(rows)
+    )
+    moments = moments_of("fisher", found, 0.0)
+    assert moments.given is not None and moments.given.inputs.shape == (6, 6)
+    assert moments.given.scale == found.given.positions / 2
+
+
+def test_packed_inputs_count_without_their_padding() -> None:
+    layer = make(nn.LSTM, {})
+    parts = [tensor_of((length, layer.input_size), seed=length) for length in (2, 6, 3)]
+    packed = pack_sequence(parts, enforce_sorted=False)
+    model = Wrapped(layer, lambda found: found[0].data)
+    found = gather(model, {"rnn": layer}, [packed], lambda m, b: m(b), [Identity()])["rnn"].given
+    rows = torch.cat(parts)
+    torch.testing.assert_close(found.inputs, rows.mT @ rows / 11)
+    assert found.gradients["identity"].trace() > 0

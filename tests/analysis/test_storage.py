@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from networks import make_data, make_model
+from torch import nn
 
 import rankfold
 from rankfold.analysis.storage import DOCUMENT, TENSORS
@@ -39,6 +40,27 @@ def test_its_plan_is_applied_in_the_same_metric(analysis, saved) -> None:
     ]
     states = [network.state_dict() for network in networks]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_moments_of_a_recurrent_layers_inputs_are_kept(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTM(40, 16, batch_first=True), _Outputs())
+    data = [torch.randn(4, 5, 40) for _ in range(3)]
+    analysis = rankfold.analyze(model, data, methods=["low-rank-inputs"])
+    analysis.save(tmp_path)
+    again = rankfold.Analysis.load(tmp_path)
+    ours, theirs = again.layers[0].moments.given, analysis.layers[0].moments.given
+    assert torch.equal(ours.inputs, theirs.inputs) and ours.scale == theirs.scale
+    assert torch.equal(ours.gradients, theirs.gradients) and ours.given is None
+    plan = again.plan(params=0.6)
+    assert plan.factorized[0].method == "low-rank-inputs"
+    states = [rankfold.factorize(model, p).state_dict() for p in (plan, analysis.plan(params=0.6))]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+class _Outputs(nn.Module):
+    def forward(self, given):
+        return given[0]
 
 
 def test_a_plan_from_a_file_needs_the_analysis(analysis, tmp_path) -> None:

@@ -12,6 +12,7 @@ of what they leave out, so that their losses can be compared between layers.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -55,6 +56,17 @@ def moments_of(
     """
     if statistics is None:
         return WEIGHT_METRIC
+    if statistics.given is None:
+        return _moments_of(metric, statistics, damping, typical)
+    states, given = (
+        _moments_of(metric, one, damping, typical) for one in (statistics, statistics.given)
+    )
+    return replace(states, given=given)
+
+
+def _moments_of(
+    metric: str, statistics: Statistics, damping: float, typical: float | None
+) -> Moments:
     name, _, curvature = metric.partition(":")
     if name == "svd-llm":
         return Moments(inputs=_damped(statistics.inputs, _INPUT_DAMPING))

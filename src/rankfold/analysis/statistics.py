@@ -65,6 +65,7 @@ class Statistics:
     # DIAGONAL_LIMIT outputs, its diagonal (out,)
     positions: float  # at which the weight is applied in one sample: the outputs of the layer,
     # or the inputs of a transposed convolution
+    given: "Statistics | None" = None  # of a recurrent layer: its inputs, (in, in)
 
 
 def gather(
@@ -167,13 +168,19 @@ def _weights_of(
 
 
 def _blocks(layer: nn.Module) -> Sequence[str]:
-    """What there is one moment of each: a layer, or each layer and direction of a recurrent one."""
-    return block_names(layer) if isinstance(layer, (*RECURRENT, *CELLS)) else ("",)
+    """What there is one moment of each: a layer; each layer and direction of a recurrent one.
+
+    And, last, the inputs of that.
+    """
+    return [*block_names(layer), "given"] if isinstance(layer, RECURRENT) else ("",)
 
 
 def _stacked(blocks: Sequence[Statistics], layer: nn.Module) -> Statistics:
     if not isinstance(layer, nn.RNNBase | Cell):
         return blocks[0]
+    given = None
+    if isinstance(layer, nn.RNNBase):
+        *blocks, given = blocks
     curvatures = list(dict.fromkeys(name for block in blocks for name in block.gradients))
     nothing = torch.zeros_like(blocks[0].inputs)  # of a block whose states nothing reads
     return Statistics(
@@ -184,6 +191,7 @@ def _stacked(blocks: Sequence[Statistics], layer: nn.Module) -> Statistics:
             for name in curvatures
         },
         blocks[0].positions,
+        given,
     )
 
 
@@ -302,8 +310,30 @@ class _Watcher:
         self._check(data.detach(), f"layer '{name}' is given", "")
         traced = torch.is_grad_enabled() and not data.is_inference()
         with torch.inference_mode(False), torch.set_grad_enabled(traced):
+            data = self._given(name, data)
+            given = PackedSequence(data, *given[1:]) if isinstance(given, PackedSequence) else data
             found = run_unrolled(module, given, hx, partial(self._states, name))
         return found if traced else output
+
+    def _given(self, name: str, data: torch.Tensor) -> torch.Tensor:
+        """Take note of the inputs of all steps, (..., inputs)."""
+        total = self.sums[name][-1]
+        rows = data.detach().reshape(-1, data.shape[-1])
+        with torch.no_grad():
+            total.add_inputs(rows[self._some(*rows.shape)], len(rows))
+        if not torch.is_grad_enabled():
+            return data
+        for curvature, times in self.draws.items():
+            total.count_gradients(curvature, times * len(rows))
+        # What the caller may see is left without gradients if it was.
+        data = data if data.requires_grad else data.detach()
+        return _watched(data, partial(self._given_backward, name))
+
+    def _given_backward(self, name: str, gradient: torch.Tensor) -> None:
+        rows = gradient.detach().reshape(-1, gradient.shape[-1])
+        self._check(rows, f"layer '{name}' passes on", "gradients ")
+        chosen = rows[self._some(*rows.shape)]
+        self.sums[name][-1].add_gradients(self.curvature, chosen, len(rows))
 
     def _cell(self, name: str, given: torch.Tensor, output: Any) -> Any:
         self._check(given.detach(), f"layer '{name}' is given", "")

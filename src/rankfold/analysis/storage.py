@@ -98,9 +98,7 @@ def _replace(path: Path, write: Any) -> None:
 
 
 def _to_json(index: int, layer: AnalysedLayer, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    for name, moment in (("inputs", layer.moments.inputs), ("gradients", layer.moments.gradients)):
-        if moment is not None:
-            tensors[f"{index}.{name}"] = moment.cpu().contiguous()
+    scales = _put_moments(f"{index}", layer.moments, tensors)
     for method in layer.methods:
         found = [candidate for candidate in layer.candidates if candidate.method == method]
         if found:
@@ -121,7 +119,7 @@ def _to_json(index: int, layer: AnalysedLayer, tensors: dict[str, torch.Tensor])
         "reader": layer.reader,
         "tied": layer.tied,
         "element_size": layer.element_size,
-        "scale": layer.moments.scale,
+        **scales,
         "methods": {
             name: {
                 "settings": asdict(method),
@@ -168,7 +166,6 @@ def _from_json(
             },
             {name: np.array(table, dtype=float) for name, table in timing["tables"].items()},
         )
-    scale = entry["scale"]
     return AnalysedLayer(
         str(entry["name"]),
         str(entry["layer"]),
@@ -179,15 +176,39 @@ def _from_json(
         spectra,
         tuple(candidates),
         grids,
-        Moments(
-            tensors.get(f"{index}.inputs"),
-            tensors.get(f"{index}.gradients"),
-            None if scale is None else float(scale),
-        ),
+        _moments(f"{index}", entry, tensors),
         _count(entry, "element_size"),
         timing,
         entry.get("reader"),
         tuple(str(name) for name in entry.get("tied", ())),
+    )
+
+
+def _put_moments(
+    key: str, moments: Moments, tensors: dict[str, torch.Tensor]
+) -> dict[str, float | None]:
+    """Add the moments to the tensors; the scales are what is left to write."""
+    for name, moment in (("inputs", moments.inputs), ("gradients", moments.gradients)):
+        if moment is not None:
+            tensors[f"{key}.{name}"] = moment.cpu().contiguous()
+    if moments.given is None:
+        return {"scale": moments.scale}
+    given = _put_moments(f"{key}.given", moments.given, tensors)
+    return {"scale": moments.scale, "given_scale": given["scale"]}
+
+
+def _moments(
+    key: str, entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], prefix: str = ""
+) -> Moments:
+    scale = entry[f"{prefix}scale"]
+    given = None
+    if not prefix and "given_scale" in entry:
+        given = _moments(f"{key}.given", entry, tensors, "given_")
+    return Moments(
+        tensors.get(f"{key}.inputs"),
+        tensors.get(f"{key}.gradients"),
+        None if scale is None else float(scale),
+        given,
     )
 
 

@@ -24,13 +24,21 @@ from rankfold.layers.cp_linear import CPLinear
 from rankfold.layers.embedding import TiedLayers, TiedTwoFactor, TwoFactorEmbedding
 from rankfold.layers.fixed_basis import FixedBasisConvolution
 from rankfold.layers.flattened import FlattenedConvolution
-from rankfold.layers.form import Dense, Form, assign_factors, check_ranks, factors_of
+from rankfold.layers.form import (
+    Dense,
+    Form,
+    assign_factors,
+    check_ranks,
+    factors_of,
+    parameter_like,
+)
 from rankfold.layers.fused import FusedTwoFactorLinear
 from rankfold.layers.grouped import GroupedConvolution
 from rankfold.layers.kronecker import KroneckerLinear
 from rankfold.layers.modes import balanced_modes, modes_of, paired_modes
 from rankfold.layers.monarch import MonarchLinear, balanced_blocks, block_lengths
 from rankfold.layers.monochromatic import MonochromaticConvolution
+from rankfold.layers.projected_inputs import ProjectedInputs
 from rankfold.layers.recurrent import (
     CELLS,
     RECURRENT,
@@ -42,6 +50,7 @@ from rankfold.layers.recurrent import (
     ReducedStates,
     block_names,
     directions_of,
+    input_limit,
     recurrent_weight,
 )
 from rankfold.layers.selected import ChannelSelection, SelectedChannels
@@ -116,6 +125,7 @@ __all__ = [
     "KroneckerLinear",
     "MonarchLinear",
     "MonochromaticConvolution",
+    "ProjectedInputs",
     "ProjectedUnits",
     "Recurrent",
     "ReducedStates",
@@ -164,9 +174,11 @@ __all__ = [
     "directions_of",
     "factors_of",
     "has_features_last",
+    "input_limit",
     "is_transposed_linear",
     "modes_of",
     "paired_modes",
+    "parameter_like",
     "possible_groups",
     "recurrent_weight",
     "ring_limits",

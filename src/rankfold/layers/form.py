@@ -56,6 +56,12 @@ def assign_factors(
     form.train(layer.training)
 
 
+def parameter_like(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+    """A parameter of this value, copied, on the device of another, of its dtype, trained or not."""
+    value = value.detach().to(like.device, like.dtype, copy=True).contiguous()
+    return nn.Parameter(value, like.requires_grad)
+
+
 def fill_dense(dense: nn.Module, weight: torch.Tensor, form: nn.Sequential | nn.ModuleList) -> None:
     """Give `dense`, built on the meta device, copies of a weight and of the bias of `form`.
 

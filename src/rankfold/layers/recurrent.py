@@ -195,14 +195,24 @@ def recurrent_weight(layer: Recurrent | Cell) -> torch.Tensor:
     return cast(torch.Tensor, getattr(layer, f"weight_hh{block_names(layer)[0]}"))
 
 
+def input_limit(layer: Recurrent) -> int:
+    """The greatest rank of the input matrices of the first layer, one upon the other."""
+    rows = directions_of(layer) * len(recurrent_weight(layer))
+    return min(layer.input_size, rows)
+
+
 def recurrent_like(
-    layer: Recurrent, units: int, device: torch.device | str, **kind: Any
+    layer: Recurrent,
+    units: int,
+    device: torch.device | str,
+    inputs: int | None = None,
+    **kind: Any,
 ) -> Recurrent:
-    """A layer of the shape and dtype of another, of so many units; `kind`: further settings."""
+    """A layer of the shape and dtype of another, of so many units, and inputs; `kind`: settings."""
     if isinstance(layer, nn.RNN):
         kind["nonlinearity"] = layer.nonlinearity
     return type(layer)(
-        layer.input_size,
+        layer.input_size if inputs is None else inputs,
         units,
         layer.num_layers,
         bias=layer.bias,

@@ -19,6 +19,7 @@ from rankfold.methods.flattened import Flattened
 from rankfold.methods.full_rank import FullRank
 from rankfold.methods.interpolative import Interpolative
 from rankfold.methods.kronecker import Kronecker
+from rankfold.methods.low_rank_inputs import LowRankInputs
 from rankfold.methods.method import Family, Method, Rank, Spectrum, aligned_ranks, other_kind
 from rankfold.methods.moments import WEIGHT_METRIC, Moments
 from rankfold.methods.monarch import Monarch
@@ -71,6 +72,7 @@ METHODS: dict[str, type[Method]] = {
         FullRank,
         RemoveUnits,
         ProjectUnits,
+        LowRankInputs,
     )
 }
 
@@ -120,6 +122,7 @@ __all__ = [
     "Interpolative",
     "Kronecker",
     "LowRank",
+    "LowRankInputs",
     "Method",
     "Methods",
     "Moments",

@@ -29,6 +29,7 @@ from rankfold.layers import (
     block_names,
     check_ranks,
     directions_of,
+    parameter_like,
     recurrent_weight,
 )
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, other_kind
@@ -234,10 +235,6 @@ def _assign(
     """The weights of the kept units, reading R h_S wherever they read h; copies."""
     directions = directions_of(layer)
 
-    def parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-        value = value.to(like.device, like.dtype, copy=True).contiguous()
-        return nn.Parameter(value, like.requires_grad)
-
     small: Any = form.recurrent
     for block, name in enumerate(block_names(layer)):
         below = block // directions * directions
@@ -250,11 +247,11 @@ def _assign(
             if kind in reads:
                 rows = rows @ reads[kind]
             rows = rows if dense.dim() == 2 else rows[:, 0]
-            setattr(small, f"{kind}{name}", parameter(rows, dense))
+            setattr(small, f"{kind}{name}", parameter_like(rows, dense))
     like = recurrent_weight(layer)
-    form.readout.weight = parameter(torch.block_diag(*readouts[-directions:]), like)
+    form.readout.weight = parameter_like(torch.block_diag(*readouts[-directions:]), like)
     form.kept = (kept if isinstance(form, FewerUnits) else kept[0]).to(like.device)
     if isinstance(form, FewerUnits):
-        form.states = parameter(torch.stack([readout.mT for readout in readouts]), like)
+        form.states = parameter_like(torch.stack([readout.mT for readout in readouts]), like)
         small.flatten_parameters()
     form.train(layer.training)

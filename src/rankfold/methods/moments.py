@@ -37,6 +37,8 @@ class Moments:
     gradients: torch.Tensor | None = None  # G: (out, out)
     scale: float | None = None
     """Loss per unit of tr(G Δ A Δᵀ); None: relative to that of the whole weight."""
+    given: "Moments | None" = None
+    """Of a recurrent layer, whose other moments are those of its states: those of its inputs."""
 
     def to(self, device: torch.device) -> "Moments":
         """The same on a device."""
@@ -45,6 +47,7 @@ class Moments:
             None if inputs is None else inputs.to(device),
             None if gradients is None else gradients.to(device),
             self.scale,
+            None if self.given is None else self.given.to(device),
         )
 
     def damped(self, share: float) -> "Moments":

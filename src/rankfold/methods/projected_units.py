@@ -21,6 +21,7 @@ from rankfold.layers import (
     block_names,
     check_ranks,
     directions_of,
+    parameter_like,
     recurrent_weight,
 )
 from rankfold.methods.fewer_units import state_moments
@@ -113,10 +114,6 @@ def _assign(
     """The weights of the layer, reading R P h wherever they read h; copies."""
     directions = directions_of(layer)
 
-    def parameter(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-        value = value.detach().to(like.device, like.dtype, copy=True).contiguous()
-        return nn.Parameter(value, like.requires_grad)
-
     projected: Any = form.recurrent
     like = recurrent_weight(layer)
     for block, name in enumerate(block_names(layer)):
@@ -129,9 +126,9 @@ def _assign(
             value = dense.detach()
             if kind in reads:
                 value = value.double() @ reads[kind].to(value.device)
-            setattr(projected, f"{kind}{name}", parameter(value, dense))
-        setattr(projected, f"weight_hr{name}", parameter(projections[block], like))
-    form.readout.weight = parameter(torch.block_diag(*readouts[-directions:]), like)
-    form.states = parameter(readouts.mT, like)
+            setattr(projected, f"{kind}{name}", parameter_like(value, dense))
+        setattr(projected, f"weight_hr{name}", parameter_like(projections[block], like))
+    form.readout.weight = parameter_like(torch.block_diag(*readouts[-directions:]), like)
+    form.states = parameter_like(readouts.mT, like)
     projected.flatten_parameters()
     form.train(layer.training)
