@@ -16,7 +16,7 @@ FLOORS = [
     {"methods", "nn"},
     {
         *("plan", "knapsack", "batches", "fingerprint", "cost", "replacement", "unfusing"),
-        *("merging", "runtime", "pretrained"),
+        *("merging", "runtime", "pretrained", "processes"),
     },
     {"analysis", "measure"},
     {"distances"},

@@ -56,23 +56,28 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it, however nested, moved to the device."""
+    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def map_tensors(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The batch with every tensor in it, however nested, changed."""
     if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+        return change(batch)
     if isinstance(batch, Mapping):
-        items = {key: to_device(value, device) for key, value in batch.items()}
+        items = {key: map_tensors(value, change) for key, value in batch.items()}
         if not isinstance(batch, MutableMapping):
             return items
         moved = copy.copy(batch)  # what else a user's mapping holds stays with it
         moved.update(items)
         return moved
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*(map_tensors(value, change) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(map_tensors(value, change) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         fields = [field.name for field in dataclasses.fields(batch) if field.init]
         return dataclasses.replace(
-            batch, **{name: to_device(getattr(batch, name), device) for name in fields}
+            batch, **{name: map_tensors(getattr(batch, name), change) for name in fields}
         )
     return batch
 

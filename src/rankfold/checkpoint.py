@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rankfold import processes
 from rankfold.errors import CheckpointError, ModelError, PlanError, RankError
 from rankfold.factorize import replace_layers
 from rankfold.layers import StructuredLinear
@@ -59,9 +60,11 @@ def save(
     `origin` (import paths of the model and data, for `rankfold evaluate`) is written into plan.json
     beside all that the model remembers of its making. An existing saved model is replaced only with
     `force`; a directory that is none is never touched. A model of transformers has its
-    configuration and tokenizer saved beside. Raises CheckpointError if it cannot be
-    written, PlanError for a model that rankfold did not make.
+    configuration and tokenizer saved beside. Of several processes the first writes. Raises
+    CheckpointError if it cannot be written, PlanError for a model that rankfold did not make.
     """
+    if not processes.is_first():
+        return
     record = record_of(model)
     target = Path(directory)
     check_target(target, force)

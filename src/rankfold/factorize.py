@@ -1,11 +1,13 @@
 """Applying a plan to a network: a new network, the original untouched."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 from torch import nn
 
+from rankfold import processes
 from rankfold.analysis import Analysis
 from rankfold.errors import ModelError, PlanError, RankError
 from rankfold.fingerprint import weights_sha256
@@ -70,6 +72,25 @@ def _layer_of(entry: LayerPlan, modules: Mapping[str, nn.Module]) -> nn.Module |
     return TiedLayers(cast("list[nn.Module]", found))
 
 
+def _planned_layer(entry: LayerPlan, modules: Mapping[str, nn.Module]) -> nn.Module:
+    with _naming(entry):
+        layer = _layer_of(entry, modules)
+        if layer is None:
+            raise PlanError("the model has no such layer")
+        if repr(layer) != entry.layer:
+            raise PlanError(f"the model has {layer!r:.200}, the plan is for {entry.layer:.200}")
+        return layer
+
+
+@contextmanager
+def _naming(entry: LayerPlan) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while factorizing layer '{entry.name}'")
+        raise
+
+
 def replace_layers(
     model: nn.Module, plan: Plan, make: MakeLayer, progress: Progress = silent
 ) -> nn.Module:
@@ -82,18 +103,15 @@ def replace_layers(
     """
     model = unfuse(model, [entry.name for entry in plan.factorized])
     modules = dict(model.named_modules())
-    made: dict[nn.Module, nn.Module] = {}
-    for entry in progress(plan.factorized, "factorizing", len(plan.factorized)):
-        try:
-            layer = _layer_of(entry, modules)
-            if layer is None:
-                raise PlanError("the model has no such layer")
-            if repr(layer) != entry.layer:
-                raise PlanError(f"the model has {layer!r:.200}, the plan is for {entry.layer:.200}")
-            made[layer] = make(entry, layer)
-        except Exception as error:
-            error.add_note(f"while factorizing layer '{entry.name}'")
-            raise
+    layers = [_planned_layer(entry, modules) for entry in plan.factorized]
+
+    def make_one(work: tuple[LayerPlan, nn.Module]) -> nn.Module:
+        with _naming(work[0]):
+            return make(*work)
+
+    work = list(zip(plan.factorized, layers, strict=True))
+    forms = processes.shared_out(work, make_one, progress, "factorizing")
+    made = dict(zip(layers, forms, strict=True))
     readers = {entry.name: entry.reader for entry in plan.factorized if entry.reader is not None}
     model = merge_readouts(put_in_place(model, made), readers)
     leave_fast_paths(model)

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rankfold import processes
 from rankfold.batches import (
     Data,
     Forward,
@@ -161,7 +162,14 @@ def measure(
 
 
 def evaluate(metric: Metric, model: nn.Module, data: Data) -> float:
-    """The metric of the model in eval mode; RankfoldError unless it gives a finite number."""
+    """The metric of the model in eval mode; RankfoldError unless it gives a finite number.
+
+    Of several processes one evaluates, for all.
+    """
+    return processes.from_first(lambda: _evaluate(metric, model, data))
+
+
+def _evaluate(metric: Metric, model: nn.Module, data: Data) -> float:
     name = getattr(metric, "__name__", type(metric).__name__)
     with running(model), torch.no_grad():
         try:
@@ -203,8 +211,15 @@ def latencies(
 ) -> list[float]:
     """Median milliseconds of each call, the calls taking turns so that drift hits all alike.
 
-    So many of each as fill the `seconds`, at least 7 and at most 200.
+    So many of each as fill the `seconds`, at least 7 and at most 200. Of several processes one
+    takes the times, for all.
     """
+    return processes.from_first(lambda: _latencies(calls, device, progress, seconds))
+
+
+def _latencies(
+    calls: Sequence[Callable[[], Any]], device: torch.device, progress: Progress, seconds: float
+) -> list[float]:
     slowest = max(_warm_up(call, device) for call in calls)
     rounds = min(max(math.ceil(seconds / slowest), _ROUNDS[0]), _ROUNDS[1])
     times: list[list[float]] = [[] for _ in calls]

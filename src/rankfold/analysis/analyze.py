@@ -5,11 +5,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from rankfold import processes
 from rankfold.analysis.analysis import Analysis, Trial
 from rankfold.analysis.calibration import Calibration, calibrate
 from rankfold.analysis.candidates import AnalysedLayer, Candidate, Counts, below_break_even, grid_of
@@ -32,7 +34,7 @@ from rankfold.analysis.planning import Limit, choose_within_budget
 from rankfold.analysis.statistics import Layer
 from rankfold.analysis.survey import SurveyedLayer, survey
 from rankfold.analysis.timing import with_timings
-from rankfold.batches import Data, Forward, run
+from rankfold.batches import Data, Forward, device_of, run
 from rankfold.cost import count_layer_macs, count_parameters
 from rankfold.errors import BudgetError, CalibrationError, ModelError, UnsupportedLayerError
 from rankfold.methods import (
@@ -110,6 +112,7 @@ def analyze(
     """
     check_metric(metric)
     check_runtime(runtime)
+    processes.join(device_of(model))
     if batches < 1 or held_out < 1:
         raise CalibrationError("batches and held_out must be at least 1")
     chosen = make_methods(methods)
@@ -117,9 +120,7 @@ def analyze(
     with unfused(model) as opened:
         surveyed = survey(opened, data, forward, batches if metric == "weight" else 1, progress)
         _check_names(patterns, [layer.name for layer in surveyed.layers])
-        looked = [
-            _look(layer, chosen, patterns) for layer in progress(surveyed.layers, "decomposing")
-        ]
+        looked = _look_at_all(surveyed.layers, chosen, patterns, progress)
         able = {one.layer.name: cast("Layer", one.module) for one in looked if one.layer.methods}
         calibration = None
         if metric != "weight" and able:
@@ -180,6 +181,26 @@ class _Looked:
     costs: Mapping[str, Mapping[Rank, Counts]]  # by method, below break-even
 
 
+def _look_at_all(
+    surveyed: Sequence[SurveyedLayer],
+    methods: Sequence[Method],
+    patterns: Sequence[str],
+    progress: Progress,
+) -> list[_Looked]:
+    """Every layer, each decomposed by one process; the others know what came of it."""
+    mine: dict[str, _Looked] = {}
+
+    def look(one: SurveyedLayer) -> AnalysedLayer:
+        mine[one.name] = _look(one, methods, patterns)
+        return mine[one.name].layer
+
+    layers = processes.shared_out(surveyed, look, progress, "decomposing")
+    return [
+        mine.get(one.name, _Looked(layer, one.module, {}, {}))
+        for one, layer in zip(surveyed, layers, strict=True)
+    ]
+
+
 def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence[str]) -> _Looked:
     module, name = surveyed.module, surveyed.name
     reason = surveyed.reason
@@ -237,7 +258,7 @@ class _Fitted:
 
     metric: str
     layers: list[AnalysedLayer]
-    families: Mapping[tuple[str, str], Family]  # by layer and method
+    families: Mapping[tuple[str, str], Family]  # by layer and method; those fitted here
 
 
 @dataclass(frozen=True)
@@ -251,27 +272,38 @@ class _Workbench:
     progress: Progress
 
     def fit(self, metric: str) -> _Fitted:
-        layers, families, typical = [], {}, None
+        families: dict[tuple[str, str], Family] = {}
+        typical = None
         if self.calibration is not None:
             typical = typical_scale(metric, self.calibration.statistics.values())
-        for one in self.progress(self.looked, f"fitting, {metric}"):
+        moments = {}
+        for one in self.looked:
             statistics = None
             if self.calibration is not None:
                 statistics = self.calibration.statistics.get(one.layer.name)
-            moments = moments_of(metric, statistics, self.damping, typical)
-            moments = moments.to(next(one.module.parameters()).device)
-            candidates = []
+            found = moments_of(metric, statistics, self.damping, typical)
+            moments[one.layer.name] = found.to(next(one.module.parameters()).device)
+
+        def fit(one: _Looked) -> tuple[Candidate, ...]:
+            candidates: list[Candidate] = []
+            own = moments[one.layer.name]
             for key, method in one.layer.methods.items():
                 if not one.costs[key]:  # none of its ranks pays
                     continue
-                is_plain = moments.is_plain and moments.scale is None
-                family = one.plain[key] if is_plain else _fit(method, one, moments)
+                is_plain = own.is_plain and own.scale is None
+                family = one.plain[key] if is_plain else _fit(method, one, own)
                 families[one.layer.name, key] = family
                 candidates += [
                     Candidate(key, rank, family.loss(rank), *cost)
                     for rank, cost in one.costs[key].items()
                 ]
-            layers.append(replace(one.layer, candidates=tuple(candidates), moments=moments))
+            return tuple(candidates)
+
+        every = processes.shared_out(self.looked, fit, self.progress, f"fitting, {metric}")
+        layers = [
+            replace(one.layer, candidates=candidates, moments=moments[one.layer.name])
+            for one, candidates in zip(self.looked, every, strict=True)
+        ]
         return _Fitted(metric, layers, families)
 
     def correct(self, fitted: _Fitted) -> tuple[_Fitted, list[Check]]:
@@ -330,11 +362,16 @@ class _Workbench:
                 budget = min(error.smallest["macs"], 1.0)
                 choices = self._choose(fitted, budget)
             taken = [(n, c) for n, c in zip(fitted.layers, choices, strict=True) if c is not None]
-            replacements = {
-                modules[layer.name]: fitted.families[layer.name, choice.method].build(choice.rank)
-                for layer, choice in taken
-            }
-            measured = self.calibration.judge.divergence(replacements)
+            forms = processes.gathered(
+                {
+                    layer.name: fitted.families[layer.name, choice.method].build(choice.rank)
+                    for layer, choice in taken
+                    if (layer.name, choice.method) in fitted.families
+                }
+            )
+            replacements = {modules[n]: form for some in forms for n, form in some.items()}
+            judge = self.calibration.judge
+            measured = processes.from_first(partial(judge.divergence, replacements))
             predicted = sum(choice.loss for _, choice in taken)
             found.append(Trial(fitted.metric, budget, predicted, measured))
         return found
@@ -349,20 +386,24 @@ class _Workbench:
         batch each is the least, and where that were many times more, so many points are left out.
         """
         assert self.calibration is not None
-        checks: list[Check] = []
         points = [points_to_check(layer.candidates, layer.macs) for layer in fitted.layers]
         passes = self.calibration.passes
         points = spread(points, _CHECK_PASSES * passes)
         judge = self.calibration.judge.first(passes // max(1, sum(map(len, points))))
-        work = list(zip(self.looked, fitted.layers, points, strict=True))
-        for one, layer, candidates in self.progress(work, f"checking, {fitted.metric}"):
+
+        def check(work: tuple[_Looked, Sequence[Candidate]]) -> list[Check]:
+            one, candidates = work
+            found = []
             for candidate in candidates:
-                form = fitted.families[layer.name, candidate.method].build(candidate.rank)
+                form = fitted.families[one.layer.name, candidate.method].build(candidate.rank)
                 measured = judge.divergence({one.module: form})
-                checks.append(
-                    Check(layer.name, candidate.method, candidate.rank, candidate.loss, measured)
-                )
-        return checks
+                about = (candidate.method, candidate.rank, candidate.loss)
+                found.append(Check(one.layer.name, *about, measured))
+            return found
+
+        work = list(zip(self.looked, points, strict=True))
+        checks = processes.shared_out(work, check, self.progress, f"checking, {fitted.metric}")
+        return [one for found in checks for one in found]
 
 
 def _score(trials: Sequence[Trial]) -> float:

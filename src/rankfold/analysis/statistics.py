@@ -7,6 +7,7 @@ next step too.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from rankfold import processes
 from rankfold.analysis.curvature import Curvature
 from rankfold.analysis.gram import add_gram
 from rankfold.analysis.unrolled import run_unrolled
@@ -83,9 +85,10 @@ def gather(
 
     Products of float32 rows are added up in float64. Where a call has very many positions, random
     ones of them count: the fewer, the more batches are `expected`. A layer without gradients (its
-    outputs do not reach the model's, or the model forbids them) has none in its statistics. Raises
-    CalibrationError, naming layer and batch, for activations or gradients that are not finite,
-    ModelError for a model that does not run.
+    outputs do not reach the model's, or the model forbids them) has none in its statistics. Of
+    several processes each takes its share of the batches. Raises CalibrationError, naming layer and
+    batch, for activations or gradients that are not finite, ModelError for a model that does not
+    run.
     """
     tied = {name: layer for name, layer in layers.items() if isinstance(layer, TiedLayers)}
     parts = {f"{name}, {i}": one for name, layer in tied.items() for i, one in enumerate(layer)}
@@ -93,8 +96,8 @@ def gather(
     layers = single | parts
     sums = {name: [_Sums() for _ in _blocks(layer)] for name, layer in layers.items()}
     draws = {curvature.name: probes for curvature in curvatures}
-    watcher = _Watcher(sums, draws, expected, torch.Generator().manual_seed(seed))
-    probing = torch.Generator().manual_seed(seed)
+    watcher = _Watcher(sums, draws, expected, torch.Generator())
+    probing = torch.Generator()
     samples = 0
     hooks = [
         layer.register_forward_hook(partial(watcher.forward, name), with_kwargs=True)
@@ -103,6 +106,11 @@ def gather(
     try:
         with running(model), _frozen(model), torch.enable_grad(), _cudnn_for(model):
             for index, batch in enumerate(batches):
+                if index % processes.count() != processes.index():
+                    continue
+                # What is drawn for a batch is the same whoever takes it.
+                watcher.generator.manual_seed(_seed_of(seed, index))
+                probing.manual_seed(_seed_of(seed, index))
                 watcher.batch = index
                 samples += batch_size(batch)
                 outputs = run_or_explain(forward, model, batch, index)
@@ -113,6 +121,10 @@ def gather(
     finally:
         for hook in hooks:
             hook.remove()
+    samples = sum(processes.gathered(samples))
+    for blocks in sums.values():
+        for block in blocks:
+            block.add_up()
     found = {
         name: _stacked([block.mean(samples) for block in blocks], layers[name])
         for name, blocks in sums.items()
@@ -124,6 +136,10 @@ def gather(
         if uses:
             found[name] = _of_shared(uses, [curvature.name for curvature in curvatures])
     return found
+
+
+def _seed_of(seed: int, index: int) -> int:
+    return (seed << 32) + index
 
 
 def _of_shared(uses: Sequence[tuple[Statistics, nn.Module]], names: Sequence[str]) -> Statistics:
@@ -216,8 +232,7 @@ class _Sums:
     def add_lookups(self, ids: torch.Tensor, count: int) -> None:
         """Of token ids of any shape, of so many tokens that there are."""
         found = torch.bincount(ids.flatten(), minlength=count).double()
-        # Begun with one of each.
-        self.inputs = (torch.ones_like(found) if self.inputs is None else self.inputs) + found
+        self.inputs = found if self.inputs is None else self.inputs + found
         self.magnitudes = self.inputs
         self.positions += ids.numel()
 
@@ -234,12 +249,28 @@ class _Sums:
     def count_gradients(self, curvature: str, positions: int) -> None:
         self.gradient_counts[curvature] = self.gradient_counts.get(curvature, 0) + positions
 
+    def add_up(self) -> None:
+        """Over all processes."""
+        sums = {"inputs": self.inputs, "magnitudes": self.magnitudes}
+        here = {name: one for name, one in sums.items() if one is not None}
+        gradients = {f"gradients {name}": one for name, one in self.gradients.items()}
+        total = processes.add_up(here | gradients)
+        self.inputs, self.magnitudes = total.pop("inputs", None), total.pop("magnitudes", None)
+        self.gradients = {name.removeprefix("gradients "): one for name, one in total.items()}
+        counts: Counter[str] = Counter()
+        for found in processes.gathered(self.gradient_counts):
+            counts.update(found)
+        self.gradient_counts = dict(counts)
+        self.positions = sum(processes.gathered(self.positions))
+
     def mean(self, samples: int) -> Statistics:
         assert self.inputs is not None and self.magnitudes is not None
-        seen = self.positions + (len(self.inputs) if self.inputs.dim() == 1 else 0)
+        inputs, magnitudes, seen = self.inputs, self.magnitudes, self.positions
+        if inputs.dim() == 1:  # of tokens, as if each had been there once more
+            inputs, magnitudes, seen = inputs + 1, magnitudes + 1, seen + len(inputs)
         return Statistics(
-            (self.inputs / seen).cpu(),
-            (self.magnitudes / seen).cpu(),
+            (inputs / seen).cpu(),
+            (magnitudes / seen).cpu(),
             {
                 name: (total / self.gradient_counts[name]).cpu()
                 for name, total in self.gradients.items()

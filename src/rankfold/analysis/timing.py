@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from rankfold import processes
 from rankfold.analysis.candidates import AnalysedLayer
 from rankfold.analysis.latency import LayerToTime, time_network
 from rankfold.analysis.survey import SurveyedLayer, survey
@@ -45,8 +46,11 @@ def with_timings(
             _to_time(layer, found.get(layer.name)) for layer in analysis.layers if layer.candidates
         ]
         batch = next(first_batches(data, 1, device_of(model)))
-        timing, layers = time_network(
-            opened, batch, to_time, forward, cache or TimingCache(), progress, runtime
+        # Of one process for all: what else runs beside them differs.
+        timing, layers = processes.from_first(
+            lambda: time_network(
+                opened, batch, to_time, forward, cache or TimingCache(), progress, runtime
+            )
         )
     timed = tuple(replace(layer, timing=layers.get(layer.name)) for layer in analysis.layers)
     return replace(analysis, layers=timed, timing=timing)

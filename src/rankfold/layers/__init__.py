@@ -8,6 +8,7 @@ one and a readout, and no other layer does the same. How the factors are found i
 """
 
 from rankfold.layers.attention import PROJECTIONS, UnfusedAttention
+from rankfold.layers.balance import balance_factors
 from rankfold.layers.biclustered import BiclusteredConvolution
 from rankfold.layers.block_diagonal import (
     BlockDiagonalConvolution,
@@ -160,6 +161,7 @@ __all__ = [
     "as_linear",
     "assign_factors",
     "axis_groups",
+    "balance_factors",
     "balanced_blocks",
     "balanced_modes",
     "block_diagonal_limits",

@@ -1,5 +1,6 @@
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch import nn
 import rankfold
 import rankfold.errors
 from rankfold.distances import Cosine, Divergence
-from rankfold.errors import CalibrationError, CheckpointError, RankfoldError
+from rankfold.errors import CalibrationError, CheckpointError, ModelError, RankfoldError
 from rankfold.measure import output_error
-from rankfold.recover import _SCHEDULES, recover, reestimate_batch_norm
+from rankfold.recover import recover, reestimate_batch_norm
+from rankfold.recover.trainer import SCHEDULES, _groups
 
 
 def factorized(**budget: float) -> nn.Module:
@@ -87,7 +89,7 @@ def test_interrupted_and_resumed_is_the_same_as_uninterrupted(tmp_path) -> None:
 
     def stop_in_third_epoch(work, description, total=None):
         for done, item in enumerate(work):
-            if description == "recovering, epoch 3" and done == 4:
+            if description.startswith("recovering, epoch 3") and done == 4:
                 raise KeyboardInterrupt
             yield item
 
@@ -173,7 +175,7 @@ def test_batch_norm_statistics_become_those_of_the_data() -> None:
 
 
 def test_schedules() -> None:
-    cosine, step = _SCHEDULES["cosine"], _SCHEDULES["step"]
+    cosine, step = SCHEDULES["cosine"], SCHEDULES["step"]
     rates = [cosine(100, s) for s in range(100)]
     assert max(rates) == 1 and rates[0] == 0.2 and rates[-1] < 0.001
     assert rates[5:] == sorted(rates[5:], reverse=True)
@@ -239,3 +241,158 @@ def test_divergence_ends_training_with_the_best_weights() -> None:
     found = recover(small, make_labelled(), loss_fn=loss_fn, validation=make_labelled(), epochs=3)
     assert found.ended == "the loss became nan in epoch 1"
     assert all(torch.isfinite(parameter).all() for parameter in small.parameters())
+
+
+def test_features_of_the_teacher_are_matched_too() -> None:
+    data, teacher = make_data(), make_model()
+    plain, featured = factorized(macs=0.4), factorized(macs=0.4)
+    recover(plain, data, teacher=teacher, epochs=3)
+    found = recover(featured, data, teacher=teacher, features=["body", "head"], epochs=3)
+    assert found.epochs[3].loss < found.epochs[1].loss
+
+    def body_error(model: nn.Module) -> float:
+        outputs = []
+        for one in (teacher, model.eval()):
+            hook = one.body.register_forward_hook(lambda m, i, output: outputs.append(output))
+            one(data[0])
+            hook.remove()
+        return output_error(*outputs)
+
+    assert body_error(featured) < body_error(plain)
+    with pytest.raises(RankfoldError, match="no module 'nowhere'"):
+        recover(plain, data, teacher=teacher, features=["nowhere"])
+    with pytest.raises(RankfoldError, match="features are those of a teacher"):
+        recover(plain, make_labelled(), loss_fn=nn.functional.cross_entropy, features=["body"])
+
+
+def test_features_that_are_not_called_or_of_another_shape_are_named() -> None:
+    teacher, small, data = make_model(), make_model(), make_data()
+    teacher.unused = small.unused = nn.Linear(2, 2)
+    with pytest.raises(ModelError, match="never calls 'unused'"):
+        recover(small, data, teacher=teacher, features=["unused"])
+    small.body = nn.Conv2d(32, 40, 3, stride=2, padding=1)
+    small.depthwise = nn.Conv2d(40, 48, 3, padding=1)
+    with pytest.raises(ModelError, match=r"feature 'body': .*same shapes"):
+        recover(small, data, teacher=teacher, features=["body"])
+
+
+def test_a_step_of_more_batches_is_that_of_one_larger_batch() -> None:
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    small = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    large = copy.deepcopy(small)
+    batches = list(torch.randn(64, 6).double().split(8))
+    pairs = [torch.cat(batches[place : place + 2]) for place in range(0, 8, 2)]
+
+    def mean_square(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output - target).square().mean()
+
+    class Stream:
+        """Not a sequence, and so not shuffled."""
+
+        def __init__(self, held: list) -> None:
+            self.held = held
+
+        def __iter__(self):
+            return iter(self.held)
+
+    options = {"teacher": teacher, "distance": mean_square, "epochs": 3, "validation": batches}
+    before = [parameter.clone() for parameter in small.parameters()]
+    recover(small, Stream(batches), accumulation=2, **options)
+    recover(large, Stream(pairs), **options)
+    for ours, theirs, was in zip(small.parameters(), large.parameters(), before, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert not torch.equal(ours, was)
+
+
+def test_a_last_group_is_filled_up() -> None:
+    assert list(_groups("abcde", 2)) == [["a", "b"], ["c", "d"], ["e", "a"]]
+    assert list(_groups("ab", 4)) == [["a", "b", "a", "b"]]
+    assert list(_groups("", 3)) == []
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_recovers_too_and_weights_stay_float32(precision) -> None:
+    small = factorized(macs=0.5)
+    before = error(small)
+    recover(
+        small,
+        make_data(),
+        teacher=make_model(),
+        epochs=4,
+        learning_rate=1e-3,
+        precision=precision,
+    )
+    assert error(small) < 0.8 * before
+    assert all(parameter.dtype is torch.float32 for parameter in small.parameters())
+
+
+def test_penalties_and_what_is_done_around_a_step() -> None:
+    seen: list[tuple[str, float]] = []
+    small, data = factorized(macs=0.5), make_data()
+    plain = copy.deepcopy(small)
+
+    def size(model: nn.Module) -> torch.Tensor:
+        return sum(parameter.square().sum() for parameter in model.parameters())
+
+    def after(model: nn.Module, rate: float) -> None:
+        assert model is small and not torch.is_grad_enabled()
+        seen.append(("after", rate))
+
+    def penalty(model: nn.Module) -> torch.Tensor:
+        return 0.1 * size(model)
+
+    options = {"teacher": make_model(), "epochs": 2, "validation": data, "patience": 9}
+    recover(
+        small,
+        data,
+        penalty=penalty,
+        before_step=lambda model, step: seen.append(("before", step)),
+        after_step=after,
+        metric=lambda model, data: float(len(seen)),  # the last weights are the best
+        **options,
+    )
+    recover(plain, data, metric=lambda model, data: 0.0, **options)
+    assert size(small) < size(plain)
+    assert [what for what, _ in seen] == ["before", "after"] * 24
+    assert [step for what, step in seen if what == "before"] == list(range(24))
+    rates = [rate for what, rate in seen if what == "after"]
+    assert max(rates) == pytest.approx(3e-4) and rates[-1] < 1e-5
+
+
+def test_tensorboard_has_losses_rates_and_scores(tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    small = factorized(macs=0.5)
+    found = recover(
+        small, make_data(), teacher=make_model(), epochs=2, tensorboard=tmp_path / "log"
+    )
+    events = EventAccumulator(str(tmp_path / "log")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["learning_rate", "loss", "score"]
+    losses = [event.value for event in events.Scalars("loss")]
+    assert len(losses) == 2 * 11  # every tenth of twelve batches is held out
+    assert sum(losses[:11]) / 11 == pytest.approx(found.epochs[1].loss, rel=1e-5)
+    scores = [event.value for event in events.Scalars("score")]
+    assert scores == pytest.approx([epoch.score for epoch in found.epochs[1:]], rel=1e-5)
+
+
+def test_without_tensorboard_the_extra_is_named(monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(RankfoldError, match=r"rankfold\[tensorboard\]"):
+        recover(
+            factorized(macs=0.5), make_data(), teacher=make_model(), tensorboard=tmp_path / "log"
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"precision": "int8"}, "no precision 'int8'"),
+        ({"accumulation": 0}, "accumulation=0"),
+        ({"schedule": "linear"}, "no schedule 'linear'"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(wrong, message) -> None:
+    with pytest.raises(RankfoldError, match=message):
+        recover(make_model(), make_data(), teacher=make_model(), **wrong)

@@ -1,0 +1,96 @@
+"""The history of a recovery, and the file that it goes on from after an interruption."""
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankfold import processes
+from rankfold.batches import device_of
+from rankfold.errors import CheckpointError
+from rankfold.recover.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the data. Epoch 0 is before the first."""
+
+    index: int
+    loss: float | None  # mean over training batches; None for epoch 0
+    score: float | None  # on the validation data, higher is better; None without such data
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a recovery did: its epochs, which of them the model holds now, and why it ended."""
+
+    epochs: tuple[Epoch, ...]
+    best: int
+    ended: str
+    seconds: float
+
+
+class State:
+    """The history of a run, and the best weights met in it."""
+
+    def __init__(self, model: nn.Module, score: float | None) -> None:
+        self.history: list[Epoch] = []
+        self.best = 0
+        self.best_score = -math.inf if score is None else score
+        self.weights = copy.deepcopy(model.state_dict())
+
+    def add(self, epoch: Epoch, model: nn.Module) -> None:
+        self.history.append(epoch)
+        if epoch.score is None or epoch.score > self.best_score:
+            self.best = epoch.index
+            self.best_score = self.best_score if epoch.score is None else epoch.score
+            self.weights = copy.deepcopy(model.state_dict())
+
+    @property
+    def epochs_since_best(self) -> int:
+        return self.history[-1].index - self.best
+
+
+def write(path: Path, run_name: str, state: State, trainer: Trainer) -> None:
+    """Write the training state, so that a kill leaves this file or the one before."""
+    if not processes.is_first():
+        return
+    document = {
+        "run": run_name,
+        "history": [asdict(epoch) for epoch in state.history],
+        "best": state.best,
+        "best_score": state.best_score,
+        "best_weights": state.weights,
+        "weights": trainer.model.state_dict(),
+        **trainer.state_dict(),
+    }
+    partial_path = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(document, partial_path)
+        partial_path.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def resume(path: Path, run_name: str, state: State, trainer: Trainer) -> None:
+    """Bring back the state that `write` wrote; CheckpointError unless it is of this run."""
+    try:
+        document: Any = torch.load(path, map_location=device_of(trainer.model), weights_only=True)
+        if document["run"] != run_name:
+            raise CheckpointError(
+                f"{path} is of another run (other model, plan or settings): delete it to start anew"
+            )
+        state.history = [Epoch(**epoch) for epoch in document["history"]]
+        state.best, state.best_score = document["best"], document["best_score"]
+        state.weights = document["best_weights"]
+        trainer.model.load_state_dict(document["weights"])
+        trainer.load_state_dict(document)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged or no training state: {error}") from error
