@@ -1,13 +1,14 @@
 """The plan that may mix methods beside plans of one method each, at equal measured latency.
 
-Writes benchmarks/mixture.json and tables of docs/methods.md: for each network the metric before any
-recovery, and the measured share of the dense time, which each plan is brought to by trying
-(`plan_to_latency`). A plan of one method takes SVD for the layers that the method does not take.
+Writes benchmarks/mixture.json, in which what is there is not done again, and tables of
+docs/methods.md: for each network the metric before any recovery, and the measured share of the
+dense time, which each plan is brought to by trying (`plan_to_latency`). A plan of one method takes
+SVD for the layers that the method does not take.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,15 +115,20 @@ def analysis_of(name: str, case: Case) -> Analysis:
     return analysis
 
 
-def compare(name: str, case: Case) -> Iterator[dict[str, Any]]:
+def compare(name: str, case: Case, done: Collection[tuple[str, float]]) -> Iterator[dict[str, Any]]:
+    """The rows that are not done yet."""
     analysis = rankfold.with_timings(analysis_of(name, case), case.model, case.data)
     print(f"metric: {analysis.metric}", flush=True)
-    yield {"contender": "dense", "score": case.score(case.model), "budget": 1.0, "measured": 1.0}
+    if ("dense", 1.0) not in done:
+        score = case.score(case.model)
+        yield {"contender": "dense", "score": score, "budget": 1.0, "measured": 1.0}
     for contender in ("mixture", *case.methods):
         limited = analysis
         if contender != "mixture":
             limited = restricted(analysis, [contender], instead="svd")
         for budget in case.budgets:
+            if (contender, budget) in done:
+                continue
             try:
                 found = plan_to_latency(
                     case.model,
@@ -165,15 +171,18 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     facts = json.loads(out.read_text()) if out.exists() else {"networks": {}}
+    if analyse:
+        for network in only or CASES:
+            torch.manual_seed(0)
+            analysis_of(network, CASES[network]())
+        return
     facts["machine"] = machine()
     for network in only or CASES:
         torch.manual_seed(0)
-        if analyse:
-            analysis_of(network, CASES[network]())
-            continue
-        facts["networks"][network] = []
-        for row in compare(network, CASES[network]()):
-            facts["networks"][network].append(row)
+        rows = facts["networks"].setdefault(network, [])
+        done = {(row["contender"], row["budget"]) for row in rows}
+        for row in compare(network, CASES[network](), done):
+            rows.append(row)
             save(out, facts)
     write_document(facts)
 
@@ -186,10 +195,12 @@ def write_document(facts: dict[str, Any]) -> None:
 
 def table(network: str, rows: list[dict[str, Any]]) -> str:
     """Contenders by budgets."""
-    dense, *others = rows
+    (dense,) = (row for row in rows if row["contender"] == "dense")
+    others = [row for row in rows if row is not dense]
     budgets = sorted({row["budget"] for row in others}, reverse=True)
     lines = []
-    for name in dict.fromkeys(row["contender"] for row in others):
+    names = {row["contender"] for row in others}
+    for name in (one for one in ("mixture", *METHODS) if one in names):
         cells = {row["budget"]: row for row in others if row["contender"] == name}
         lines.append((name, *(_cell(cells.get(budget)) for budget in budgets)))
     title = f"{network} (dense {100 * dense['score']:.1f}): score, % / measured time"

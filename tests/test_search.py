@@ -11,7 +11,7 @@ from rankfold.analysis.latency import NetworkTiming
 from rankfold.batches import run
 from rankfold.errors import BudgetError
 from rankfold.progress import silent
-from rankfold.search import cheapest_within, plan_to_latency, teacher_agreement
+from rankfold.search import _next_aim, cheapest_within, plan_to_latency, teacher_agreement
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,16 @@ def test_the_latency_is_what_the_clock_says_and_not_what_was_predicted(
     assert timed.share == pytest.approx(0.5, abs=0.07)  # ranks are multiples of 8
     assert timed.plan.after.parameters == sum(p.numel() for p in timed.model.parameters())
     assert asked[0] == 0.5 and len(asked) <= 5
+
+
+def test_the_next_aim_is_between_what_was_too_slow_and_what_was_too_fast() -> None:
+    assert _next_aim({0.5: 0.6}, 0.5, 0.5) == pytest.approx(0.5 * 0.5 / 0.6)
+    assert _next_aim({0.5: 2.0}, 0.5, 0.5) == 0.25  # at most by half at a time
+    assert _next_aim({0.5: 0.1}, 0.5, 0.5) == 1.0
+    assert _next_aim({0.5: 0.6, 0.4: 0.4}, 0.4, 0.5) == pytest.approx(0.45)
+    # Of the nearest on both sides; also where less was aimed for and more came out.
+    shares = {0.5: 0.9, 0.45: 0.6, 0.4: 0.3, 0.48: 0.4}
+    assert _next_aim(shares, 0.48, 0.5) == pytest.approx(0.465)
 
 
 def test_where_nothing_is_gained_every_layer_stays_dense(analysis, monkeypatch) -> None:

@@ -6,7 +6,7 @@ until it does what was asked for.
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,13 +29,13 @@ from rankfold.batches import (
 from rankfold.errors import BudgetError
 from rankfold.factorize import factorize
 from rankfold.measure import Metric, evaluate, latencies, output_error, with_memory_format
-from rankfold.plan import Cost, LayerPlan, Plan
+from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
 from rankfold.replacement import put_in_place
 from rankfold.runtime import Runtime, caller
 from rankfold.unfusing import unfuse
 
-_ROUNDS = 5
+_ROUNDS = 7
 _CLOSE = 0.02  # of the dense time: near enough to the latency asked for
 _NO_GAIN = 0.98  # a part that is not faster than this share of what it replaces is put back
 _HALVINGS = 7
@@ -65,14 +65,17 @@ def plan_to_latency(
     """The plan whose whole network, measured beside the dense one, takes `latency` of its time.
 
     `latency` is a share of the dense time, or above 1 milliseconds. `make_plan` makes a plan for a
-    predicted latency; where the clock says otherwise it is asked again, in proportion, and what the
-    plan predicts for the whole network is corrected by what the plan before it missed by. Layers
+    predicted latency; where the clock says otherwise it is asked again, in proportion, or between a
+    prediction that came out too slow and one too fast; and what the plan predicts for the whole
+    network is corrected by what the plan before it missed by. Layers
     whose dense form is as fast in the finished network are put back. If nothing can be gained at
     all, the plan leaves every layer dense. Raises BudgetError if the latency is out of reach.
     """
     assert analysis.timing is not None
     target = latency if latency <= 1 else latency / analysis.timing.dense_ms
     aim, best, missed_by = target, None, 1.0
+    shares: dict[float, float] = {}  # of the dense time, by what was aimed for
+    plans: list[tuple[LayerPlan, ...]] = []
     for _ in range(_ROUNDS):
         try:
             plan = make_plan(aim)
@@ -88,13 +91,17 @@ def plan_to_latency(
             # Out of reach as predicted: what does the clock say of the fastest plan there is?
             aim = smallest * (1 + _CLOSE)
             plan = make_plan(aim)
+        if plan.layers in plans:  # nothing lies between what was too slow and too fast
+            break
+        plans.append(plan.layers)
         tried = _timed(model, analysis, plan, batch, forward, progress)
         tried, missed_by = _corrected(tried, missed_by, analysis.timing.dense_ms)
         if best is None or _misses(tried.share, target) < _misses(best.share, target):
             best = tried
-        if abs(tried.share - target) <= _CLOSE or not plan.factorized:
+        shares[aim] = tried.share
+        aim = _next_aim(shares, aim, target)
+        if abs(tried.share - target) <= _CLOSE or not plan.factorized or aim in shares:
             break
-        aim = min(max(aim * target / tried.share, aim / 2), 1.0)
     assert best is not None
     if best.share > target + _CLOSE and best.share < 1:
         raise BudgetError(
@@ -106,6 +113,16 @@ def plan_to_latency(
     if best.share >= 1:
         return _dense_plan(model, best.plan, "nothing that was tried was faster")
     return best
+
+
+def _next_aim(shares: Mapping[float, float], last: float, target: float) -> float:
+    """What to aim for: between the nearest that were too slow and too fast, or in proportion."""
+    slower = [(share, aim) for aim, share in shares.items() if share > target]
+    faster = [(share, aim) for aim, share in shares.items() if share <= target]
+    if not slower or not faster:
+        return min(max(last * target / shares[last], last / 2), 1.0)
+    (above, most), (below, least) = min(slower), max(faster)
+    return least + (most - least) * (target - below) / (above - below)
 
 
 def _corrected(tried: TimedPlan, missed_by: float, dense_ms: float) -> tuple[TimedPlan, float]:
@@ -208,28 +225,13 @@ def _put_back(
         else entry
         for entry in timed.plan.layers
     )
-    plan = replace(timed.plan, layers=entries, after=_total(timed.plan, entries))
+    plan = timed.plan.with_layers(entries)
     small = with_memory_format(factorize(model, plan).eval(), timing.memory_format)
     return TimedPlan(plan, small, share)
 
 
 def _dense(entry: LayerPlan, reason: str) -> LayerPlan:
     return LayerPlan(entry.name, entry.layer, entry.before, entry.before, reason=reason)
-
-
-def _total(plan: Plan, entries: tuple[LayerPlan, ...]) -> Cost:
-    """What the network costs when these entries take the place of the plan's."""
-    after = plan.after
-    latency = after.latency_ms
-    for old, new in zip(plan.layers, entries, strict=True):
-        after = replace(
-            after,
-            parameters=after.parameters + new.after.parameters - old.after.parameters,
-            macs=after.macs + new.after.macs - old.after.macs,
-        )
-        if latency is not None and old.after.latency_ms is not None:
-            latency += (new.after.latency_ms or 0.0) - old.after.latency_ms
-    return replace(after, latency_ms=latency)
 
 
 def cheapest_within(

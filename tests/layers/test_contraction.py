@@ -52,9 +52,49 @@ def test_the_orders_are_the_envelope_of_the_best(equation) -> None:
 
 
 def test_many_rows_are_multiplied_by_the_whole_weight() -> None:
-    """A train of two pairs, 32 x 32 each: rows by one core and the other, or by both at once."""
-    lengths = {**dict.fromkeys("abAB", 32), "l": 8}
-    contraction = plan_contraction("zab,Aal,lBb->zAB", lengths)
-    (_, few), (_, many) = contraction.orders
-    assert few.macs == (0, 2 * 32**3 * 8)
-    assert many.macs == (32**4 * 8, 32**4)
+    """A train of three cores of 10 x 10: rows by one after the other, or by all at once."""
+    lengths = {**dict.fromkeys("abcABC", 10), "l": 8, "m": 8}
+    contraction = plan_contraction("zabc,Aal,lBbm,mCc->zABC", lengths)
+    few, many = contraction.orders[0][1], contraction.orders[-1][1]
+    assert few.macs == (0, 2 * 10**4 * 8 + 10**4 * 8**2)
+    assert not few.weight_first and many.weight_first
+    assert many.macs[1] == 10**6
+    assert contraction.order_for(1) is few and contraction.order_for(100_000) is many
+
+
+def test_products_of_rows_are_not_moved_where_they_need_not_be() -> None:
+    """One after the other the two cores of a train find what they multiply where it is."""
+    contraction = plan_contraction("zab,Aal,lBb->zAB", {**dict.fromkeys("abAB", 32), "l": 8})
+    ((_, order),) = contraction.orders
+    assert order.macs == (0, 2 * 32**3 * 8)
+    assert sorted(step.kind for step in order.steps) == ["bmm", "mm"]
+    rows = [
+        operand
+        for step in order.steps
+        for operand in (step.first, step.second)
+        if operand.laid_out.marked is not None
+    ]
+    assert len(rows) == 2 and all(operand.order is None for operand in rows)
+    assert order.result.order is None
+
+
+@pytest.mark.parametrize("equation", [one for one in EQUATIONS if one.startswith("z")])
+def test_rows_in_parts_give_the_same_and_the_same_gradients(equation, monkeypatch) -> None:
+    lengths = {i: 2 + ord(i) % 3 for i in set(equation) - set(",->z")}
+    terms = equation.partition("->")[0].split(",")
+    contraction = plan_contraction(equation, lengths)
+    for rows in (0, 1, 7, 30):
+        tensors = [
+            tensor_of([rows if i == "z" else lengths[i] for i in term], seed=place)
+            for place, term in enumerate(terms)
+        ]
+        found = []
+        for cached in (2**19, 1):
+            monkeypatch.setattr("rankfold.layers.contraction._CACHED", cached)
+            monkeypatch.setattr("rankfold.layers.contraction._FEWEST", 4)
+            own = [tensor.clone().requires_grad_() for tensor in tensors]
+            result = contraction.orders[0][1].run(own, rows)
+            result.square().sum().backward()
+            found.append([result, *(one.grad for one in own)])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)

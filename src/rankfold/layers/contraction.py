@@ -11,16 +11,18 @@ rows by the whole weight: where rows are many, that is often the best.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
 import torch
 
 ROWS = "z"
-# What reading or writing a number takes, in multiply-accumulates: results are moved to where the
-# next product needs them, and are often larger than a cache. On a CPU 20 in cache, 150 beyond.
-_TRAFFIC = 128
+# What reading or writing a number takes, in multiply-accumulates: on a CPU 20 in cache, where the
+# products of rows stay because so many rows at a time are multiplied as fit there; 150 beyond.
+_TRAFFIC = 20
+_CACHED = 2**19  # numbers
+_FEWEST = 16  # rows at a time: of fewer, matrix products are slow
 _MANY = 2**24  # rows, above which no other order is looked for
 _EXPORTED = 32  # rows that a program with any number of rows is made for
 
@@ -49,14 +51,17 @@ class Operand:
     axes: Sizes | None  # those of a result, which is still a matrix; None: it has them
     order: tuple[int, ...] | None  # of the axes; None: as they are
     laid_out: Sizes
+    repeated: bool = False  # the same matrix for each of the rows
 
-    def of(self, held: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
+    def of(self, held: Sequence[torch.Tensor | None], rows: int) -> torch.Tensor:
         tensor = held[self.place]
+        assert tensor is not None
         if self.order is not None:
             if self.axes is not None:
                 tensor = tensor.reshape(self.axes.of(rows))
             tensor = tensor.permute(self.order)
-        return tensor.reshape(self.laid_out.of(rows))
+        tensor = tensor.reshape(self.laid_out.of(rows))
+        return tensor.expand(rows, *tensor.shape) if self.repeated else tensor
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,13 @@ class Step:
     first: Operand
     second: Operand
     kind: Literal["mm", "bmm", "mul"]
+    of_rows: bool  # or of tensors of the weight alone
+
+    def of(self, held: Sequence[torch.Tensor | None], rows: int) -> torch.Tensor:
+        first, second = self.first.of(held, rows), self.second.of(held, rows)
+        if self.kind == "mm":
+            return first @ second
+        return torch.bmm(first, second) if self.kind == "bmm" else first * second
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,7 @@ class Order:
     result: Operand
     cost: tuple[int, int]  # fixed, and for each row
     macs: tuple[int, int]
+    widest: int  # numbers of the largest tensor that there is for each row
 
     @property
     def weight_first(self) -> bool:
@@ -83,15 +96,25 @@ class Order:
         return 0 in (self.steps[-1].first.place, self.steps[-1].second.place)
 
     def run(self, tensors: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
-        held = list(tensors)
-        for step in self.steps:
-            first, second = step.first.of(held, rows), step.second.of(held, rows)
-            if step.kind == "mm":
-                held.append(first @ second)
-            elif step.kind == "bmm":
-                held.append(torch.bmm(first, second))
-            else:
-                held.append(first * second)
+        """The result; of so many rows at a time that what there is of them stays in cache."""
+        held: list[torch.Tensor | None] = [*tensors, *[None] * len(self.steps)]
+        for place, step in enumerate(self.steps, len(tensors)):
+            if not step.of_rows:
+                held[place] = step.of(held, rows)
+        most = max(_FEWEST, _CACHED // max(1, self.widest))
+        # A program for any number of rows has no loop over parts of them.
+        if torch.compiler.is_compiling() or rows <= most or self.weight_first:
+            return self._of_rows(held, tensors[0], rows, len(tensors))
+        parts = tensors[0].split(most)
+        return torch.cat([self._of_rows(held, part, len(part), len(tensors)) for part in parts])
+
+    def _of_rows(
+        self, held: Sequence[torch.Tensor | None], part: torch.Tensor, rows: int, given: int
+    ) -> torch.Tensor:
+        held = [part, *held[1:]]
+        for place, step in enumerate(self.steps, given):
+            if step.of_rows:
+                held[place] = step.of(held, rows)
         return self.result.of(held, rows)
 
 
@@ -239,14 +262,15 @@ class _Layout:
     def __init__(self, network: _Network) -> None:
         self.network = network
         self.steps: list[Step] = []
-        self.cost, self.macs = [0, 0], [0, 0]
+        self.cost, self.macs, self.widest = [0, 0], [0, 0], 0
 
     def order(self, tree: Tree) -> Order:
         result = self.network.result
         place, axes = self._lay_out(tree, result)
         operand = self._operand(place, axes, result, [(index,) for index in result])
         fixed, each = self.cost
-        return Order(tuple(self.steps), operand, (fixed, each), (self.macs[0], self.macs[1]))
+        macs = self.macs[0], self.macs[1]
+        return Order(tuple(self.steps), operand, (fixed, each), macs, self.widest)
 
     def _lay_out(self, tree: Tree, wanted: str) -> tuple[int, str]:
         """The place of the product of a tree, and its axes: as wanted, where that is to be had."""
@@ -259,6 +283,8 @@ class _Layout:
         for total, added in ((self.cost, cost), (self.macs, macs)):
             total[0] += added[0]
             total[1] += added[1]
+        if ROWS in kept:
+            self.widest = max(self.widest, self.network._volume(kept))
         if first | second == kept:
             return self._entrywise(tree, "".join(sorted(kept, key=wanted.index)))
         shared = first & second
@@ -267,6 +293,8 @@ class _Layout:
         if frees[0] and frees[1] and wanted.index(frees[1][0]) < wanted.index(frees[0][0]):
             tree, frees = (tree[1], tree[0]), [frees[1], frees[0]]
         if "".join((*batch, *frees[0], *frees[1])) != wanted:
+            if not batch and (found := self._by_row(tree, frees, shared - kept, wanted)):
+                return found
             # It has to be moved in any case: of the tensors that are given none needs to be.
             frees = [
                 self._free(side, shared, terms[side] if isinstance(side, int) else wanted)
@@ -282,8 +310,38 @@ class _Layout:
             self._operand(*side, name, [*([batch] if batch else []), *(tuple(one) for one in pair)])
             for side, name, pair in zip(sides, names, groups, strict=True)
         ]
-        self.steps.append(Step(operands[0], operands[1], "bmm" if batch else "mm"))
+        of_rows = ROWS in first | second
+        self.steps.append(Step(operands[0], operands[1], "bmm" if batch else "mm", of_rows))
         return self._last(), "".join((*batch, *frees[0], *frees[1]))
+
+    def _by_row(
+        self,
+        tree: tuple[Tree, Tree],
+        frees: Sequence[Sequence[str]],
+        shared: frozenset[str],
+        wanted: str,
+    ) -> tuple[int, str] | None:
+        """A product of one matrix with that of each row, if this is laid out as wanted.
+
+        A tensor (z, summed, free) need not be moved for it, nor what comes of it, (z, others,
+        free).
+        """
+        if ROWS not in frees[0] and ROWS not in frees[1]:
+            return None
+        side = 0 if ROWS in frees[0] else 1
+        own = [index for index in frees[side] if index != ROWS]
+        made = "".join((ROWS, *frees[1 - side], *own))
+        if not own or not frees[1 - side] or made != wanted:
+            return None
+        terms = self.network.terms
+        given = sorted((terms[one] for one in tree if isinstance(one, int)), key=_without_rows)
+        summed = sorted(shared, key=given[0].index if given else None)
+        names = "".join((*frees[1 - side], *summed)), "".join((ROWS, *summed, *own))
+        matrix, stack = self._lay_out(tree[1 - side], names[0]), self._lay_out(tree[side], names[1])
+        once = self._operand(*matrix, names[0], [frees[1 - side], summed])
+        each = self._operand(*stack, names[1], [(ROWS,), summed, own])
+        self.steps.append(Step(replace(once, repeated=True), each, "bmm", True))
+        return self._last(), made
 
     def _free(self, side: Tree, shared: frozenset[str], wanted: str) -> list[str]:
         indices = self._indices(side) - shared
@@ -299,7 +357,8 @@ class _Layout:
             operands.append(
                 self._operand(*where, name, [(i,) if i in indices else () for i in made])
             )
-        self.steps.append(Step(operands[0], operands[1], "mul"))
+        of_rows = any(ROWS in self._indices(side) for side in tree)
+        self.steps.append(Step(operands[0], operands[1], "mul", of_rows))
         return self._last(), made
 
     def _last(self) -> int:
