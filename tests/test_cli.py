@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,39 @@ def test_compress_then_evaluate_tell_the_same(monkeypatch, capsys) -> None:
         assert again["after"][key] == told["after"][key]
         assert again["before"][key] == told["before"][key]
     assert sorted(path.name for path in Path().iterdir()) == ["small"]
+
+
+def test_an_elastic_network_is_sliced(monkeypatch, capsys) -> None:
+    arguments = ["--macs", "0.7", "--elastic", "0.4", "--epochs", "1", "--out", "elastic"]
+    assert run(monkeypatch, "compress", *MODEL, *arguments) == 0
+    capsys.readouterr()
+    told = run_json(monkeypatch, capsys, "slice", "elastic", "--macs", "0.5", "--out", "small")
+    plan = told["plan"]
+    assert told["out"] == "small" and plan["request"] == {"macs": 0.5}
+    assert plan["after"]["macs"] <= 0.5 * plan["before"]["macs"]
+    again = run_json(monkeypatch, capsys, "evaluate", "small")
+    assert again["after"]["macs"] == plan["after"]["macs"]
+    more = ["--merge", "networks:make_data"]
+    assert run(monkeypatch, "slice", "elastic", "--macs", "0.4", "--out", "least", *more) == 0
+    assert "saved to least" in capsys.readouterr().out
+    assert run(monkeypatch, "evaluate", "least") == 0
+
+
+def test_two_processes_compress_as_one_command() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "rankfold", "compress", *MODEL, *LABELLED]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--latency", "0.9", "--epochs", "1", "--out", "small", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)  # of one process alone
+    assert told["out"] == "small" and Path("small", "plan.json").is_file()
 
 
 def test_out_may_be_the_working_directory_or_below_one_that_is_not_there(monkeypatch) -> None:
@@ -95,6 +129,14 @@ def test_compress_prints_tables_and_recovers_on_labels(monkeypatch, capsys) -> N
     assert "MACs per sample" in printed and "saved to small" in printed
 
 
+def test_recovery_is_told_how(monkeypatch, capsys) -> None:
+    more = ["--distance", "divergence", "--accumulation", "2", "--precision", "bfloat16"]
+    arguments = ["compress", *MODEL, "--macs", "0.5", "--epochs", "1", "--out", "small"]
+    assert run(monkeypatch, *arguments, *more, "--tensorboard", "log") == 0
+    assert list(Path("log").iterdir())
+    assert run(monkeypatch, *arguments, "--force", "--distance", "taste") == 2
+
+
 def test_the_same_seed_gives_the_same_files(monkeypatch) -> None:
     # Which memory format is faster is measured, and decides the order of sums: keep the one it has.
     monkeypatch.setattr(
@@ -137,6 +179,15 @@ def test_the_same_seed_gives_the_same_files(monkeypatch) -> None:
             "no label",
         ),
         (["evaluate", "absent"], "not a directory"),
+        (["slice", "absent", "--out", "x", "--macs", "0.5"], "not a directory"),
+        (
+            ["compress", *MODEL, "--out", "x", "--macs", "0.5", "--elastic", "0.6"],
+            "elastic=0.6 is not between 0 and macs=0.5",
+        ),
+        (
+            ["compress", *MODEL, "--out", "x", "--macs", "0.5", "--elastic", "0.2", "--merge"],
+            "merged when cut",
+        ),
         (["evaluate", "foreign"], "no plan.json"),
     ],
 )

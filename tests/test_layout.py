@@ -16,15 +16,16 @@ FLOORS = [
     {"methods", "nn"},
     {
         *("plan", "knapsack", "batches", "fingerprint", "cost", "replacement", "unfusing"),
-        *("merging", "runtime", "pretrained", "processes"),
+        *("merging", "narrowing", "runtime", "pretrained", "processes"),
     },
     {"analysis", "measure"},
     {"distances"},
-    {"recover", "refit", "record", "products"},
-    {"factorize", "deployment"},
-    {"checkpoint", "search", "compress"},
+    {"recover", "refit", "sparsity", "record", "products"},
+    {"factorize", "deployment", "elastic"},
+    {"checkpoint", "search", "compress", "training"},
     {"demo", "imports", "picture"},
     {"cli"},
+    {"__main__"},
 ]
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 

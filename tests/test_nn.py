@@ -42,3 +42,27 @@ def test_a_network_of_such_layers_is_trained_and_analysed() -> None:
     analysis = rankfold.analyze(network, [batch], methods=["svd", "fewer-units"], metric="weight")
     small = rankfold.factorize(network, analysis.plan(fraction=0.5))
     assert small(batch).shape == target.shape
+
+
+def test_a_network_of_few_factors_is_trained_and_analysed() -> None:
+    """Its factors are layers of torch's own, which methods take further."""
+    network = nn.Sequential(
+        structured.SeparableConv2d(3, 16, 3, rank=8, padding=1, bias=False, batch_norm=True),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        structured.LowRankConv2d(16, 24, 3, rank=16, stride=2, padding=1),
+        nn.ReLU(),
+        structured.FlattenedConv2d(24, 32, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        structured.LowRankLinear(32, 10, rank=4),
+    )
+    data = list(zip(torch.randn(4, 16, 3, 8, 8), torch.randint(0, 10, (4, 16)), strict=True))
+    recovery = rankfold.recover(
+        network, data, loss_fn=nn.functional.cross_entropy, epochs=20, learning_rate=1e-2
+    )
+    losses = [epoch.loss for epoch in recovery.epochs if epoch.loss is not None]
+    assert losses[-1] < 0.8 * losses[0]
+    analysis = rankfold.analyze(network, data, methods=["svd"], metric="weight")
+    small = rankfold.factorize(network, analysis.plan(macs=0.8))
+    assert small(data[0][0]).shape == (16, 10)

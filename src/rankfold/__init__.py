@@ -15,6 +15,7 @@ from rankfold.batches import Data
 from rankfold.checkpoint import load, save
 from rankfold.compress import compress
 from rankfold.deployment import fold_batch_norms, merge_adjacent
+from rankfold.elastic import recover_elastic, slice_to
 from rankfold.errors import (
     BudgetError,
     CalibrationError,
@@ -69,8 +70,10 @@ __all__ = [
     "merge_adjacent",
     "record_of",
     "recover",
+    "recover_elastic",
     "reestimate_batch_norm",
     "refit",
     "save",
+    "slice_to",
     "with_timings",
 ]

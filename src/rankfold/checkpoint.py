@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rankfold import processes
+from rankfold.analysis import Analysis
+from rankfold.analysis.storage import from_document, to_document
 from rankfold.errors import CheckpointError, ModelError, PlanError, RankError
 from rankfold.factorize import replace_layers
 from rankfold.layers import StructuredLinear
 from rankfold.merging import Pair, merge_pairs
 from rankfold.methods import reduction
+from rankfold.narrowing import Removal, narrow
 from rankfold.plan import LayerPlan, Plan
 from rankfold.pretrained import build_pretrained, is_pretrained, write_files
 from rankfold.record import Record, attach_record, record_of
@@ -46,6 +49,8 @@ Pathlike = str | os.PathLike[str]
 WEIGHTS = "model.safetensors"
 INCOMING = "model.safetensors.new"
 PLAN = "plan.json"
+
+_INTEGRAL = {"ranks": torch.int64, "costs": torch.int64}  # of what an analysis has of candidates
 
 
 def save(
@@ -78,6 +83,8 @@ def save(
         "recovery": None if record.recovery is None else asdict(record.recovery),
         "comparison": None if record.comparison is None else asdict(record.comparison),
         "merged": record.merged,
+        "removed": [removal.to_json() for removal in record.removed],
+        "elastic": None if record.elastic is None else _elastic_to_json(record.elastic),
         "by_weight": [name for name, layer in _structured(model) if layer.uses_weight],
         "origin": dict(origin or {}),
     }
@@ -134,16 +141,19 @@ def load(
         form = form.to_empty(device=weight.device)
         return form if weight.requires_grad else form.requires_grad_(False)
 
-    merged = _pairs_of(document, source)
+    merged, removed = _pairs_of(document, source), _removals_of(document, source)
     try:
-        model = merge_pairs(replace_layers(model, plan, skeleton), merged)
+        model = _merge_and_narrow(replace_layers(model, plan, skeleton), merged, removed)
     except (PlanError, RankError) as error:
         raise CheckpointError(f"{source} is of another network: {error}") from error
     _fill(model, tensors, document["strides"], source)
     by_weight = document.get("by_weight", [])
     for name, layer in _structured(model):
         layer.use_weight(isinstance(by_weight, list) and name in by_weight)
-    attach_record(model, Record(plan, document["source_sha256"], merged=merged))
+    elastic = _elastic_from_json(document, source)
+    source_sha256 = document["source_sha256"]
+    record = Record(plan, source_sha256, elastic=elastic, merged=merged, removed=removed)
+    attach_record(model, record)
     return model.eval()
 
 
@@ -193,6 +203,28 @@ def _structured(model: nn.Module) -> Iterator[tuple[str, StructuredLinear]]:
             yield name, layer
 
 
+def _elastic_to_json(analysis: Analysis) -> dict[str, Any]:
+    """What a network can be sliced to; a few numbers for each layer and rank."""
+    document, tensors = to_document(analysis)
+    return {**document, "tensors": {name: tensor.tolist() for name, tensor in tensors.items()}}
+
+
+def _elastic_from_json(document: Mapping[str, Any], source: Path) -> Analysis | None:
+    found = document.get("elastic")
+    if found is None:
+        return None
+    try:
+        tensors = {
+            name: torch.tensor(value, dtype=_INTEGRAL.get(name.rpartition(".")[2], torch.float64))
+            for name, value in found["tensors"].items()
+        }
+        return from_document(found, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source / PLAN}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{source / PLAN} is damaged: 'elastic': {error!r}") from error
+
+
 def _pairs_of(document: Mapping[str, Any], source: Path) -> tuple[Pair, ...]:
     """The names of the modules that were merged; none in files from before there were any."""
     pairs = document.get("merged", [])
@@ -201,6 +233,30 @@ def _pairs_of(document: Mapping[str, Any], source: Path) -> tuple[Pair, ...]:
     ):
         raise CheckpointError(f"{source / PLAN} is damaged: 'merged' is {pairs!r:.80}")
     return tuple((first, second) for first, second in pairs)
+
+
+def _removals_of(document: Mapping[str, Any], source: Path) -> tuple[Removal, ...]:
+    """What was taken out; nothing in files from before that could be."""
+    found = document.get("removed", [])
+    if not isinstance(found, list):
+        raise CheckpointError(f"{source / PLAN} is damaged: 'removed' is {found!r:.80}")
+    try:
+        return tuple(map(Removal.from_json, found))
+    except PlanError as error:
+        raise CheckpointError(f"{source / PLAN} is damaged: {error}") from error
+
+
+def _merge_and_narrow(
+    model: nn.Module, merged: Sequence[Pair], removed: Sequence[Removal]
+) -> nn.Module:
+    """Modules made one and channels taken out, in the order in which it was done."""
+    done = 0
+    for removal in removed:
+        if not done <= removal.merged_before <= len(merged):
+            raise PlanError(f"nothing was taken out after {removal.merged_before} merged pairs")
+        model = merge_pairs(model, merged[done : removal.merged_before])
+        model, done = narrow(model, removal), removal.merged_before
+    return merge_pairs(model, merged[done:])
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""The command line: `rankfold demo`, `inspect`, `compress`, `evaluate`.
+"""The command line: `rankfold demo`, `inspect`, `compress`, `slice`, `evaluate`.
 
 Tables and progress are for people and go to the terminal; with `--json` standard output holds one
 JSON object and nothing else. An error that rankfold knows is one line and exit status 2.
@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,11 +22,21 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from rankfold import processes
 from rankfold.analysis import Analysis, Overrides, analyze
 from rankfold.batches import Data, Forward, device_of, first_batches, run, tensors_of
 from rankfold.checkpoint import check_target, load, read_plan_document, save
 from rankfold.compress import compress as compress_model
-from rankfold.errors import CalibrationError, CheckpointError, DeviceError, RankfoldError
+from rankfold.deployment import merge_adjacent
+from rankfold.distances import Cosine, Distance, Divergence, SquaredError
+from rankfold.elastic import slice_to
+from rankfold.errors import (
+    BudgetError,
+    CalibrationError,
+    CheckpointError,
+    DeviceError,
+    RankfoldError,
+)
 from rankfold.factorize import factorize
 from rankfold.imports import resolve_data, resolve_function, resolve_model, resolve_text
 from rankfold.measure import Comparison, Metric, in_fastest_memory_format, measure
@@ -34,10 +45,26 @@ from rankfold.picture import draw_analysis
 from rankfold.plan import Cost, Plan
 from rankfold.pretrained import is_pretrained
 from rankfold.record import record_of
-from rankfold.recover import Schedule
+from rankfold.recover import Precision, Schedule
 from rankfold.runtime import Runtime
 
 T = TypeVar("T")
+
+
+class DistanceName(StrEnum):
+    """What recovery lowers (`rankfold.distances`)."""
+
+    squared = "squared"
+    divergence = "divergence"
+    cosine = "cosine"
+
+
+_DISTANCES: dict[DistanceName, Distance] = {
+    DistanceName.squared: SquaredError(),
+    DistanceName.divergence: Divergence(),
+    DistanceName.cosine: Cosine(),
+}
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -256,6 +283,22 @@ def compress(
     schedule: Annotated[
         Schedule, typer.Option("--schedule", help="Of the learning rate.")
     ] = "cosine",
+    distance: Annotated[
+        DistanceName, typer.Option("--distance", help="Of outputs from the original's.")
+    ] = DistanceName.squared,
+    accumulation: Annotated[
+        int, typer.Option("--accumulation", min=1, help="Batches of one step of recovery.")
+    ] = 1,
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="Of the forward pass in recovery.")
+    ] = "float32",
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", help="Directory for what recovery logs.")
+    ] = None,
+    elastic: Annotated[
+        float | None,
+        typer.Option("--elastic", help="A smaller budget that `rankfold slice` can cut down to."),
+    ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Fold batch norms, multiply adjacent linear layers.")
     ] = False,
@@ -294,8 +337,13 @@ def compress(
         epochs=epochs,
         learning_rate=learning_rate,
         schedule=schedule,
+        distance=_DISTANCES[distance],
+        accumulation=accumulation,
+        precision=precision,
+        tensorboard=tensorboard,
         loss_fn=resolve_function(loss, "loss") if loss else None,
         checkpoint=training_state,
+        elastic=elastic,
         merge=merge,
         test=judged,
         metric=measured,
@@ -306,6 +354,8 @@ def compress(
     names = {"model": place_of_model, "data": data, "test": test, "metric": metric}
     names |= {"forward": forward, "text": str(Path(text).absolute()) if text else None}
     save(small, out, force=force, origin={key: name for key, name in names.items() if name})
+    if not processes.leave():
+        return
     training_state.unlink(missing_ok=True)
     comparison = record_of(small).comparison
     assert comparison is not None
@@ -325,6 +375,54 @@ def compress(
         console.print("[bold]No faster:[/] fewer MACs did not buy time here; keep the original.")
     found = "" if again is None else f" (metric {again:.4f})"
     console.print(f"saved to {out}; loaded again it gives the same outputs{found}")
+
+
+@app.command(name="slice")
+def slice_model(
+    directory: Annotated[Path, typer.Argument(help="A saved model, of compress --elastic.")],
+    out: Out,
+    params: Params = None,
+    macs: Macs = None,
+    memory: Memory = None,
+    latency: Latency = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="As for compress (default: what was used then).")
+    ] = None,
+    merge_with: Annotated[
+        str | None,
+        typer.Option("--merge", help="Import path of batches to find what can be merged."),
+    ] = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Cut a smaller network out of an elastic one, at once and without data.
+
+    The import path of the model that is remembered in the directory is used again, as by evaluate.
+    """
+    check_target(out, force)
+    document = read_plan_document(directory)
+    origin = document["origin"]
+    model = model or origin.get("model")
+    if not isinstance(model, str):
+        raise CheckpointError(f"{directory} does not say its model: give --model")
+    asked = {"params": params, "macs": macs, "memory": memory, "latency": latency}
+    budget = {name: value for name, value in asked.items() if value is not None}
+    if not budget:
+        raise BudgetError("say what to slice to: --params, --macs, --memory or --latency")
+    network = resolve_model(model).eval()
+    small = slice_to(load(directory, network), **budget)
+    if merge_with is not None:
+        batch = next(first_batches(resolve_data(merge_with), 1, device_of(small)))
+        small = merge_adjacent(small, batch)
+    save(small, out, force=force, origin={**origin, "model": model})
+    plan = record_of(small).plan
+    if as_json:
+        json.dump({"out": str(out), "plan": plan.to_json()}, sys.stdout, indent=1)
+        sys.stdout.write("\n")
+        return
+    console = Console()
+    console.print(_layer_table(plan))
+    console.print(f"saved to {out}")
 
 
 @app.command()
@@ -384,6 +482,8 @@ def _prepare(device: str, threads: int | None, seed: int) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
+        processes.join(place)
+        people.quiet = not processes.is_first()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DeviceError(f"device '{device}' cannot be used here: {reason}") from error

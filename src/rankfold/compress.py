@@ -10,6 +10,8 @@ from torch import nn
 from rankfold.analysis import Outputs, Overrides, analyze
 from rankfold.batches import Data, Forward, device_of, first_batches, run
 from rankfold.deployment import merge_adjacent
+from rankfold.distances import Distance, SquaredError
+from rankfold.elastic import recover_elastic, steps_down_to
 from rankfold.errors import BudgetError
 from rankfold.factorize import factorize
 from rankfold.measure import Metric, evaluate, in_fastest_memory_format, measure
@@ -18,7 +20,7 @@ from rankfold.plan import Plan
 from rankfold.products import choose_products
 from rankfold.progress import Progress, silent
 from rankfold.record import attach_record, record_of
-from rankfold.recover import LossFunction, Schedule, recover
+from rankfold.recover import LossFunction, Precision, Schedule, recover
 from rankfold.runtime import Runtime, check_runtime
 from rankfold.search import cheapest_within, plan_to_latency, teacher_agreement
 
@@ -45,9 +47,14 @@ def compress(
     epochs: int = 5,
     learning_rate: float = 3e-4,
     schedule: Schedule = "cosine",
+    distance: Distance = SquaredError(),  # noqa: B008  (frozen)
+    accumulation: int = 1,
+    precision: Precision = "float32",
+    tensorboard: str | os.PathLike[str] | None = None,
     loss_fn: LossFunction | None = None,
     validation: Data | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    elastic: float | None = None,
     merge: bool = False,
     test: Data | None = None,
     metric: Metric | None = None,
@@ -64,6 +71,9 @@ def compress(
     fewest MACs that lose, before recovery, at most so much of the metric on `validation` (by
     default `test`); without a metric, of the agreement with the original.
 
+    With `elastic`, a smaller budget of the same kind, the network is trained so that it can be cut
+    down to any between (`slice_to`).
+
     With `merge` batch norms are folded at the end, and adjacent layers multiplied
     (`merge_adjacent`), which is for a network that is not trained further.
 
@@ -77,6 +87,11 @@ def compress(
     given = [name for name, value in budgets.items() if value is not None]
     if max_drop is not None and (given or energy or fraction or evbmf):
         raise BudgetError("ask for max_drop or for a budget, not for both")
+    steps_down = None
+    if elastic is not None:
+        if loss_fn is not None or merge or epochs == 0:
+            raise BudgetError("an elastic network is trained without labels, and merged when cut")
+        steps_down = steps_down_to(elastic, {name: budgets[name] or 0.0 for name in given})
     check_runtime(runtime)
     judged = test if test is not None else data
     batch = next(first_batches(judged, 1, device_of(model)))
@@ -129,22 +144,29 @@ def compress(
     record = record_of(small)
     small = in_fastest_memory_format(small, batch, forward, progress, runtime)
     if epochs > 0 and plan.factorized:
-        recovery = recover(
-            small,
-            data,
-            teacher=model if loss_fn is None else None,
-            loss_fn=loss_fn,
-            validation=validation,
-            metric=metric if validation is not None else None,
-            forward=forward,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            checkpoint=checkpoint,
-            seed=seed,
-            progress=progress,
-        )
-        record = replace(record, recovery=recovery)
+        training: dict[str, Any] = {
+            "teacher": model if loss_fn is None else None,
+            "validation": validation,
+            "forward": forward,
+            "epochs": epochs,
+            "learning_rate": learning_rate,
+            "schedule": schedule,
+            "distance": distance,
+            "accumulation": accumulation,
+            "precision": precision,
+            "tensorboard": tensorboard,
+            "checkpoint": checkpoint,
+            "seed": seed,
+            "progress": progress,
+        }
+        attach_record(small, record)
+        if steps_down is not None:
+            recover_elastic(small, analysis, data, budgets=steps_down, **training)
+            record = record_of(small)
+        else:
+            score = metric if validation is not None else None
+            recovery = recover(small, data, loss_fn=loss_fn, metric=score, **training)
+            record = replace(record, recovery=recovery)
     attach_record(small, record)
     if merge:
         small = merge_adjacent(small, batch, forward=forward)

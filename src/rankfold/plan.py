@@ -81,6 +81,23 @@ class Plan:
             **{key: value for key, value in asdict(self.bare()).items() if key != "moments"},
         }
 
+    def with_layers(self, layers: tuple["LayerPlan", ...]) -> "Plan":
+        """The same with other entries for its layers, in their order, and what the network costs.
+
+        A latency that is not known of an entry counts as none.
+        """
+        after = self.after
+        for old, new in zip(self.layers, layers, strict=True):
+            latency = after.latency_ms
+            if latency is not None and old.after.latency_ms is not None:
+                latency += (new.after.latency_ms or 0.0) - old.after.latency_ms
+            after = Cost(
+                after.parameters + new.after.parameters - old.after.parameters,
+                after.macs + new.after.macs - old.after.macs,
+                latency,
+            )
+        return replace(self, layers=layers, after=after)
+
     def bare(self) -> "Plan":
         """The same without the moments, which can be large."""
         return replace(self, moments={})

@@ -4,6 +4,7 @@ They are started by `torchrun` or `accelerate launch`, each with the same comman
 and go through the same calls in the same order. With one process everything here does nothing.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,17 @@ def join(device: torch.device) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=device.type == "cpu")
+        # Threads of gloo that outlive the interpreter abort the process.
+        atexit.register(_part)
+
+
+def leave() -> bool:
+    """Part from the others, who need not wait any more; whether this was the first process."""
+    was_first = is_first()
+    if _initialized():
+        torch.distributed.barrier()
+    _part()
+    return was_first
 
 
 def count() -> int:
@@ -132,6 +144,11 @@ def _by_itself() -> Iterator[None]:
         yield
     finally:
         _alone = before
+
+
+def _part() -> None:
+    if _initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _initialized() -> bool:

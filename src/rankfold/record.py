@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rankfold.analysis import Analysis
 from rankfold.errors import PlanError
 from rankfold.measure import Comparison
 from rankfold.merging import Pair
+from rankfold.narrowing import Removal
 from rankfold.plan import Plan
 from rankfold.recover import Recovery
 
@@ -21,7 +23,9 @@ class Record:
     source_sha256: str  # of the weights that were factorized
     recovery: Recovery | None = None
     comparison: Comparison | None = None
+    elastic: Analysis | None = None  # the ranks that it can be sliced to (rankfold.elastic)
     merged: tuple[Pair, ...] = ()  # modules that are one, by name, in turn (rankfold.deployment)
+    removed: tuple[Removal, ...] = ()  # what was taken out, in turn (rankfold.sparsity)
 
 
 def attach_record(model: nn.Module, record: Record) -> None:

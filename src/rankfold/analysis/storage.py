@@ -36,6 +36,31 @@ Pathlike = str | os.PathLike[str]
 def save_analysis(analysis: "Analysis", directory: Pathlike) -> None:
     """Write an analysis; raises CheckpointError for a directory that cannot be written."""
     target = Path(directory)
+    document, tensors = to_document(analysis)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        _replace(target / TENSORS, lambda path: save_file(tensors, path))
+        _replace(target / DOCUMENT, lambda path: path.write_text(json.dumps(document, indent=1)))
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def load_analysis(directory: Pathlike) -> "Analysis":
+    """Read an analysis; raises CheckpointError for one that is missing, damaged or foreign."""
+    source = Path(directory)
+    try:
+        document = json.loads((source / DOCUMENT).read_text(encoding="utf-8"))
+        tensors = load_file(source / TENSORS)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{source} holds no analysis: {error}") from error
+    try:
+        return from_document(document, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def to_document(analysis: "Analysis") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """An analysis as JSON primitives and tensors."""
     tensors: dict[str, torch.Tensor] = {}
     document = {
         "format_version": FORMAT_VERSION,
@@ -49,26 +74,17 @@ def save_analysis(analysis: "Analysis", directory: Pathlike) -> None:
         "trials": [asdict(trial) for trial in analysis.trials],
         "timing": None if analysis.timing is None else asdict(analysis.timing),
     }
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        _replace(target / TENSORS, lambda path: save_file(tensors, path))
-        _replace(target / DOCUMENT, lambda path: path.write_text(json.dumps(document, indent=1)))
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+    return document, tensors
 
 
-def load_analysis(directory: Pathlike) -> "Analysis":
-    """Read an analysis; raises CheckpointError for one that is missing, damaged or foreign."""
+def from_document(document: Any, tensors: Mapping[str, torch.Tensor]) -> "Analysis":
+    """What `to_document` made; raises CheckpointError for anything else."""
     from rankfold.analysis.analysis import Analysis, Trial
 
-    source = Path(directory)
     try:
-        document = json.loads((source / DOCUMENT).read_text(encoding="utf-8"))
-        tensors = load_file(source / TENSORS)
         if document["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
-                f"{source}: format version {document['format_version']}, this rankfold reads "
-                f"{FORMAT_VERSION}"
+                f"format version {document['format_version']}, this rankfold reads {FORMAT_VERSION}"
             )
         timing = document["timing"]
         return Analysis(
@@ -84,10 +100,8 @@ def load_analysis(directory: Pathlike) -> "Analysis":
             trials=tuple(Trial(**trial) for trial in document["trials"]),
             timing=None if timing is None else NetworkTiming(**timing),
         )
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
-        raise CheckpointError(f"{source} holds no analysis: {error}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{source}: the analysis is damaged: {error!r}") from error
+        raise CheckpointError(f"the analysis is damaged: {error!r}") from error
 
 
 def _replace(path: Path, write: Any) -> None:

@@ -19,6 +19,7 @@ from rankfold.layers.block_diagonal import (
 from rankfold.layers.block_term import BlockTermConvolution, block_term_limit, block_widths
 from rankfold.layers.block_term_linear import BlockTermLinear
 from rankfold.layers.chain import CONVOLUTIONS, Convolution, axis_groups
+from rankfold.layers.chain_norm import squared_norm_of_chain
 from rankfold.layers.circulant import CirculantLinear, HankelLinear, ToeplitzLinear
 from rankfold.layers.cp import CPConvolution, cp_limit, cp_modes
 from rankfold.layers.cp_linear import CPLinear
@@ -33,8 +34,15 @@ from rankfold.layers.form import (
     factors_of,
     parameter_like,
 )
+from rankfold.layers.from_scratch import (
+    FlattenedConv2d,
+    LowRankConv2d,
+    LowRankLinear,
+    SeparableConv2d,
+)
 from rankfold.layers.fused import FusedTwoFactorLinear
 from rankfold.layers.grouped import GroupedConvolution
+from rankfold.layers.hollow import HollowLayer
 from rankfold.layers.kronecker import KroneckerLinear
 from rankfold.layers.modes import balanced_modes, modes_of, paired_modes
 from rankfold.layers.monarch import MonarchLinear, balanced_blocks, block_lengths
@@ -118,12 +126,16 @@ __all__ = [
     "FewerUnits",
     "FewerUnitsCell",
     "FixedBasisConvolution",
+    "FlattenedConv2d",
     "FlattenedConvolution",
     "Form",
     "FusedTwoFactorLinear",
     "GroupedConvolution",
     "HankelLinear",
+    "HollowLayer",
     "KroneckerLinear",
+    "LowRankConv2d",
+    "LowRankLinear",
     "MonarchLinear",
     "MonochromaticConvolution",
     "ProjectedInputs",
@@ -133,6 +145,7 @@ __all__ = [
     "SelectedChannels",
     "SeparableBasisConvolution",
     "SeparableBottleneck",
+    "SeparableConv2d",
     "SeparableConvolution",
     "StructuredLinear",
     "StructuredRecurrent",
@@ -187,6 +200,7 @@ __all__ = [
     "separable_limit",
     "split_kernel",
     "square_size",
+    "squared_norm_of_chain",
     "table_modes",
     "tensorized_limits",
     "train_limits",

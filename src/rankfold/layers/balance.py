@@ -29,7 +29,7 @@ def balance_factors(model: nn.Module) -> None:
             continue
         weights = [cast(torch.Tensor, factor.weight) for factor in factors_of(form)]
         is_chain = len(weights) == len(form) and all(_is_linear(factor) for factor in form)
-        if is_chain and all(one.requires_grad and uses[id(one)] == 1 for one in weights):
+        if is_chain and all(one.requires_grad and uses.get(id(one)) == 1 for one in weights):
             _balance(weights)
 
 

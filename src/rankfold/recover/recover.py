@@ -80,9 +80,9 @@ def recover(
     `accumulation`.
 
     First the factors of a layer are brought to one scale (`balance_factors`), and the batch-norm
-    statistics are re-estimated. After every epoch the model is scored on
-    `validation`: by `metric(model, validation)`, higher is better, or by the negative loss. A list
-    of ten batches or more without a `validation` of its own gives every tenth batch to it. The
+    statistics are re-estimated, unless the score falls by it. After every epoch the model is scored
+    on `validation`: by `metric(model, validation)`, higher is better, or by the negative loss. A
+    list of ten batches or more without a `validation` of its own gives every tenth batch to it. The
     weights with the best score are kept, those before training included; training ends early
     after `patience` epochs without a better one. Without any validation data the last are kept.
 
@@ -103,7 +103,7 @@ def recover(
     check_data(data)
     processes.join(device_of(model))
     if validation is None:
-        data, validation = _hold_out(data)
+        data, validation = hold_out(data)
     objective = Objective(teacher, distance, loss_fn, forward, features, PRECISIONS[precision])
 
     def score() -> float | None:
@@ -135,8 +135,15 @@ def recover(
     )
     state = State(model, score())
     balance_factors(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     reestimate_batch_norm(model, data, forward=forward, progress=progress)
-    state.add(Epoch(0, None, score()), model)
+    first = score()
+    if first is not None and first < state.best_score:
+        # Not all networks have statistics of such data.
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+        first = state.best_score
+    state.add(Epoch(0, None, first), model)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         resume(path, run_name, state, trainer)
@@ -167,7 +174,7 @@ def _told(score: float | None) -> str:
     return "" if score is None else f", score {score:.4g}"
 
 
-def _hold_out(data: Data) -> tuple[Data, Data | None]:
+def hold_out(data: Data) -> tuple[Data, Data | None]:
     """Every tenth batch of a list of ten or more is for validation, the rest for training."""
     if not isinstance(data, list | tuple) or len(data) < 10:
         return data, None
