@@ -52,7 +52,7 @@ class Experiment:
 
 EXPERIMENTS = tuple(
     Experiment(kind, strength)
-    for kind, strengths in (("filters", (0.01, 0.02, 0.03)), ("ranks", (0.02, 0.05)))
+    for kind, strengths in (("filters", (0.01, 0.02, 0.03)), ("ranks", (0.1, 0.2)))
     for strength in strengths
 )
 

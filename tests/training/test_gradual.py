@@ -9,6 +9,7 @@ from torch import nn
 
 import rankfold
 from rankfold.errors import BudgetError, RankfoldError
+from rankfold.fingerprint import weights_sha256
 from rankfold.training import gradually
 
 
@@ -32,6 +33,8 @@ def test_the_budget_is_reached_in_steps_that_recover() -> None:
     assert comparison.after.macs <= 0.3 * comparison.before.macs
     kinds = [one for one in watch.done if one in ("gathering moments", "factorizing", "recovering")]
     assert kinds == ["gathering moments", "factorizing", "recovering"] * 3
+    # What was factorized last is what the recovery before it left.
+    assert rankfold.record_of(small).source_sha256 != weights_sha256(model)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from networks import make_data, make_labelled, make_model
-from tensors import tensor_of
+from tensors import tensor_of, weight_of
 from torch import nn
 
 import rankfold
 from rankfold.analysis import Overrides
-from rankfold.errors import BudgetError, RankfoldError
-from rankfold.methods import METHODS
+from rankfold.errors import BudgetError, PlanError, RankfoldError
+from rankfold.methods import METHODS, Moments
 from rankfold.training import learn_ranks
+from rankfold.training.lc import _scale
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -70,6 +71,30 @@ def test_it_comes_near_reduced_rank_regression(multipliers, loss_metric, off) ->
     assert best <= error(learned.model, data) < off * best < 0.5 * error(direct, data)
 
 
+def test_multipliers_close_the_gap_that_a_penalty_leaves() -> None:
+    """Where μ does not grow, as it has to without them."""
+    target, data = regression()
+    gaps = [
+        learn_ranks(
+            target,
+            data * 5,
+            params=4 * 22 / 120,
+            loss_fn=nn.functional.mse_loss,
+            methods=[METHODS["svd"](alignment=1)],
+            rounds=5,
+            epochs=20,
+            learning_rate=2e-2,
+            stiffness=30.0,
+            growth=1.0,
+            multipliers=multipliers,
+        )
+        .rounds[-1]
+        .distance
+        for multipliers in (False, True)
+    ]
+    assert gaps[1] < gaps[0] / 10
+
+
 @pytest.mark.parametrize("loss_metric", ["weight", "fisher"])
 def test_the_weights_come_to_be_of_the_ranks(loss_metric) -> None:
     model = make_model()
@@ -93,37 +118,42 @@ def test_the_weights_come_to_be_of_the_ranks(loss_metric) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def expected_ranks(model: nn.Module, price: float, stiffness: float) -> dict[str, tuple[int]]:
+    """Of the least price · cost + stiffness · error of each layer, by its singular values."""
+    layers = {name: getattr(model, name) for name in ("stem", "body", "head", "out")}
+    weights = {n: m.weight.detach().double().flatten(1) for n, m in layers.items()}
+    whole = sum(weight.square().sum().item() for weight in weights.values())
+    whole += model.depthwise.weight.detach().double().square().sum().item()
+    dense = sum(own.numel() for own in model.parameters())
+    found = {}
+    for name, weight in weights.items():
+        squares = torch.linalg.svdvals(weight).square().numpy()
+        ranks = np.arange(1, len(squares) + 1)
+        lost = np.append(squares[::-1].cumsum()[::-1][1:], 0.0)
+        objective = price / dense * ranks * sum(weight.shape) + stiffness * lost / whole
+        if objective.min() < price / dense * weight.numel():
+            found[name] = (int(ranks[objective.argmin()]),)
+    return found
+
+
 def test_the_step_of_compression_is_the_least_of_its_objective() -> None:
     """With next to no training: the ranks are those that a search over all of them finds."""
-    model, data, price, stiffness = make_model(), make_labelled(), 4.0, 2.0
-    svd = METHODS["svd"](alignment=1)
-    learned = learn_ranks(
-        model,
-        data,
-        price=price,
-        cost="params",
-        loss_fn=cross_entropy,
-        rounds=1,
-        stiffness=stiffness,
-        learning_rate=1e-9,
-        multipliers=False,
-        methods=[svd],
-    )
-    layers = {name: getattr(model, name) for name in ("stem", "body", "head", "out")}
-    squares = {n: torch.linalg.svdvals(m.weight.detach().flatten(1)) for n, m in layers.items()}
-    squares = {name: values.double().square().numpy() for name, values in squares.items()}
-    whole = sum(values.sum() for values in squares.values())
-    dense = sum(own.numel() for own in model.parameters())
-    whole += model.depthwise.weight.detach().double().square().sum().item()
-    expected = {}
-    for name, layer in layers.items():
-        rows, columns = layer.weight.flatten(1).shape
-        ranks = np.arange(1, len(squares[name]) + 1)
-        lost = np.append(squares[name][::-1].cumsum()[::-1][1:], 0.0)
-        objective = price / dense * ranks * (rows + columns) + stiffness * lost / whole
-        if objective.min() < price / dense * rows * columns:
-            expected[name] = (int(ranks[objective.argmin()]),)
-    assert expected and learned.rounds[0].ranks == expected
+    model, price = make_model(), 4.0
+    expected = [expected_ranks(model, price, stiffness) for stiffness in (1.0, 2.5)]
+    assert len(expected[0]) > 1 and expected[0] != expected[1]
+    for stiffness, ranks in zip((1.0, 2.5), expected, strict=True):
+        learned = learn_ranks(
+            model,
+            make_labelled(),
+            price=price,
+            cost="params",
+            loss_fn=cross_entropy,
+            rounds=1,
+            stiffness=stiffness,
+            learning_rate=1e-9,
+            methods=[METHODS["svd"](alignment=1)],
+        )
+        assert learned.rounds[0].ranks == ranks
 
 
 def test_a_higher_price_leaves_less() -> None:
@@ -201,10 +231,41 @@ def test_layers_of_every_kind_take_part(tmp_path, loss_metric) -> None:
     ranks = learned.rounds[-1].ranks
     assert {"embedding", "grouped", "transposed", "attention.q_proj"} <= ranks.keys()
     assert "tied" not in ranks and "readout" not in ranks
+    with pytest.raises(PlanError, match="'tied' cannot be forced"):
+        learn_ranks(
+            model,
+            data,
+            params=0.8,
+            loss_fn=cross_entropy,
+            rounds=1,
+            overrides=Overrides(force={"tied": "svd"}),
+        )
     assert learned.model.readout.weight is learned.model.tied.weight
     rankfold.save(learned.model, tmp_path / "small")
     again = rankfold.load(tmp_path / "small", like=Mixed)
     assert torch.equal(again(data[0][0]), learned.model.eval()(data[0][0]))
+
+
+def test_an_attention_that_stays_dense_stays_torch_s_own(tmp_path) -> None:
+    model = Mixed().eval()
+    data = [(torch.randint(0, 64, (4, 8)), torch.randint(0, 64, (4,)))]
+    overrides = Overrides(keep=["attention*"])
+    learned = learn_ranks(
+        model, data, params=0.8, loss_fn=cross_entropy, rounds=1, overrides=overrides
+    )
+    assert isinstance(learned.model.attention, nn.MultiheadAttention)
+    rankfold.save(learned.model, tmp_path / "small")
+    again = rankfold.load(tmp_path / "small", like=Mixed)
+    assert torch.equal(again(data[0][0]), learned.model.eval()(data[0][0]))
+
+
+def test_the_pull_is_the_mean_of_the_metric() -> None:
+    """Over errors of all directions; of embeddings the inputs' moment is a diagonal."""
+    for inputs in (weight_of(6), weight_of(6).diagonal().clone(), None):
+        moments = Moments(inputs, weight_of(5, seed=1), scale=0.3)
+        errors = torch.eye(30, dtype=torch.float64).reshape(30, 5, 6)
+        lost = [0.3 * moments.squared_error(one) for one in errors]
+        assert _scale(moments) == pytest.approx(sum(lost) / len(lost))
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

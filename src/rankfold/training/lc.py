@@ -92,7 +92,8 @@ def learn_ranks(
     "memory") is worth in the unit of the loss. Each of the `rounds` trains the whole weights for so
     many `epochs` with `recover`, on labels (`loss_fn`), towards a `teacher`, or both; the pull's μ
     is `stiffness` first and grows by the factor `growth`. `multipliers` adds those of the augmented
-    Lagrangian.
+    Lagrangian, which close the gap between W and Θ at a lesser μ, if rounds are long enough for
+    the training to follow.
 
     `loss_metric` is that of `analyze`. In "weight", the paper's, squared errors are shares of the
     squared norm of all weights; in the others they are the losses that they are predicted to cost,
