@@ -384,9 +384,20 @@ def test_without_tensorboard_the_extra_is_named(monkeypatch, tmp_path) -> None:
         )
 
 
+def test_the_last_weights_are_kept_where_that_is_asked_for() -> None:
+    scores = iter([5.0, 5.0, 1.0, 2.0, 0.0, 0.0, 0.0])
+    small, data = factorized(macs=0.5), make_data()
+    before = copy.deepcopy(small.state_dict())
+    options = {"metric": lambda model, data: next(scores), "validation": data, "patience": 1}
+    found = recover(small, data, teacher=make_model(), epochs=4, keep="last", **options)
+    assert found.best == 4 and found.ended == "all epochs done"
+    assert any(not torch.equal(value, before[name]) for name, value in small.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"keep": "first"}, "keep='first'"),
         ({"precision": "int8"}, "no precision 'int8'"),
         ({"accumulation": 0}, "accumulation=0"),
         ({"schedule": "linear"}, "no schedule 'linear'"),

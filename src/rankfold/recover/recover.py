@@ -20,7 +20,7 @@ from rankfold.progress import Progress, silent
 from rankfold.recover.batch_norm import reestimate_batch_norm
 from rankfold.recover.logging import tensorboard_log
 from rankfold.recover.objective import LossFunction, Objective, Penalty
-from rankfold.recover.state import Epoch, Recovery, State, resume, write
+from rankfold.recover.state import KEPT, Epoch, Keep, Recovery, State, resume, write
 from rankfold.recover.trainer import (
     PRECISIONS,
     AfterStep,
@@ -50,6 +50,7 @@ def recover(
     learning_rate: float = 3e-4,
     schedule: Schedule = "cosine",
     patience: int = 3,
+    keep: Keep = "best",
     accumulation: int = 1,
     precision: Precision = "float32",
     before_step: BeforeStep | None = None,
@@ -84,7 +85,9 @@ def recover(
     on `validation`: by `metric(model, validation)`, higher is better, or by the negative loss. A
     list of ten batches or more without a `validation` of its own gives every tenth batch to it. The
     weights with the best score are kept, those before training included; training ends early
-    after `patience` epochs without a better one. Without any validation data the last are kept.
+    after `patience` epochs without a better one. Without any validation data, or with
+    `keep="last"`, for a training that is not after the score alone, the last are kept, and all
+    epochs done.
 
     `checkpoint` names a file that is written after every epoch; if it is there at the start and is
     of the same run, training goes on from it, to the same result as without the interruption.
@@ -99,6 +102,8 @@ def recover(
         raise RankfoldError(f"no precision '{precision}'; there are {', '.join(PRECISIONS)}")
     if type(accumulation) is not int or accumulation < 1:
         raise RankfoldError(f"accumulation={accumulation} is a number of batches, at least 1")
+    if keep not in KEPT:
+        raise RankfoldError(f"keep='{keep}': there are {', '.join(KEPT)}")
     start = time.perf_counter()
     check_data(data)
     processes.join(device_of(model))
@@ -118,7 +123,7 @@ def recover(
     steps = math.ceil(batches / group)
     settings = (
         *(epochs, learning_rate, schedule, patience, seed, batches, _name_of(distance)),
-        *(group, precision, tuple(features), _name_of(penalty)),
+        *(group, precision, tuple(features), _name_of(penalty), keep),
     )
     run_name = hashlib.sha256(f"{settings} {weights_sha256(model)}".encode()).hexdigest()
     log = None if tensorboard is None else tensorboard_log(tensorboard)
@@ -133,7 +138,7 @@ def recover(
         after_step=after_step,
         log=log,
     )
-    state = State(model, score())
+    state = State(model, score(), keep)
     balance_factors(model)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     reestimate_batch_norm(model, data, forward=forward, progress=progress)

@@ -4,7 +4,7 @@ import copy
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from rankfold import processes
 from rankfold.batches import device_of
 from rankfold.errors import CheckpointError
 from rankfold.recover.trainer import Trainer
+
+Keep = Literal["best", "last"]
+KEPT: tuple[Keep, ...] = get_args(Keep)
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,18 @@ class Recovery:
 
 
 class State:
-    """The history of a run, and the best weights met in it."""
+    """The history of a run, and the weights that it will leave: the best met in it, or the last."""
 
-    def __init__(self, model: nn.Module, score: float | None) -> None:
+    def __init__(self, model: nn.Module, score: float | None, keep: Keep = "best") -> None:
         self.history: list[Epoch] = []
+        self.keep = keep
         self.best = 0
         self.best_score = -math.inf if score is None else score
         self.weights = copy.deepcopy(model.state_dict())
 
     def add(self, epoch: Epoch, model: nn.Module) -> None:
         self.history.append(epoch)
-        if epoch.score is None or epoch.score > self.best_score:
+        if self.keep == "last" or epoch.score is None or epoch.score > self.best_score:
             self.best = epoch.index
             self.best_score = self.best_score if epoch.score is None else epoch.score
             self.weights = copy.deepcopy(model.state_dict())
