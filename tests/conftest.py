@@ -6,13 +6,22 @@ settings.register_profile(
     "reproducible",
     deadline=None,
     derandomize=True,
-    max_examples=40,
+    max_examples=30,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("reproducible")
 # One thread each: the tests run side by side. Here too for the fixtures of a whole module.
 THREADS = 1
 torch.set_num_threads(THREADS)
+
+
+# Minutes each: begun first, so that none of them is all that is left at the end.
+LONG = ("test_demo_keeps_its_promise", "test_the_python_example_runs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, the others as they are."""
+    items.sort(key=lambda item: item.name not in LONG)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,23 +60,6 @@ def test_an_elastic_network_is_sliced(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "slice", "elastic", "--macs", "0.4", "--out", "least", *more) == 0
     assert "saved to least" in capsys.readouterr().out
     assert run(monkeypatch, "evaluate", "least") == 0
-
-
-def test_two_processes_compress_as_one_command() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "rankfold", "compress", *MODEL, *LABELLED]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--latency", "0.9", "--epochs", "1", "--out", "small", "--json"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)  # of one process alone
-    assert told["out"] == "small" and Path("small", "plan.json").is_file()
 
 
 def test_out_may_be_the_working_directory_or_below_one_that_is_not_there(monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """Two processes do together what one does alone. One launch for all: it takes its time."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from rankfold.errors import RankfoldError
 HERE = Path(__file__).parent
 
 
-def together(script: str, directory: Path, count: int = 2) -> None:
-    """Run a script in so many processes that meet over gloo; its errors are this test's."""
+def together(script: str, directory: Path, count: int = 2) -> str:
+    """What a script prints in so many processes that meet over gloo; its errors are this test's."""
     path = directory / "script.py"
     path.write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -32,14 +33,17 @@ def together(script: str, directory: Path, count: int = 2) -> None:
         check=False,
     )
     assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
 
 
 COMPRESSION = """
+import sys
 import pytest
 import torch
 from networks import make_data, make_model
 import rankfold
 from rankfold import processes
+from rankfold.cli import main
 from rankfold.errors import ModelError
 
 model, data = make_model(), make_data()
@@ -75,11 +79,18 @@ with pytest.raises(ModelError, match="layer 3 is wrong"):
     processes.shared_out(range(5), work)
 with pytest.raises(ModelError, match="layer 3 is wrong"):
     processes.from_first(lambda: work(3))
+
+# The command line, which parts from the others at the end.
+names = ["networks:make_model", "--data", "networks:make_data", "--test", "networks:make_labelled"]
+options = ["--metric", "rankfold:accuracy", "--macs", "0.5", "--epochs", "1", "--json"]
+sys.argv = ["rankfold", "compress", *names, *options, "--out", "by_command"]
+main()
 """
 
 
 def test_a_network_is_compressed_as_by_one_process(tmp_path) -> None:
-    together(COMPRESSION, tmp_path)
+    told = json.loads(together(COMPRESSION, tmp_path))  # of one process alone
+    assert told["out"] == "by_command" and (tmp_path / "by_command" / "plan.json").is_file()
     model, data = make_model(), make_data()
     analysis = rankfold.analyze(model, data, batches=5)
     theirs = rankfold.Analysis.load(tmp_path / "analysis")
@@ -98,6 +109,12 @@ def test_a_network_is_compressed_as_by_one_process(tmp_path) -> None:
     loaded = rankfold.load(tmp_path / "small", make_model)
     batch = data[0]
     assert (loaded(batch) - small.eval()(batch)).norm() < 1e-2 * small(batch).norm()
+
+
+def test_seeds_of_items_differ_in_what_the_generator_looks_at() -> None:
+    seeds = [processes.seed_of(seed, item) for seed in range(20) for item in range(20)]
+    assert len(set(seeds)) == 400 and all(0 <= seed < 2**32 for seed in seeds)
+    assert processes.seed_of(0, 7) == 7
 
 
 def test_one_process_has_all_to_itself() -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from rankfold import processes
 from rankfold.analysis import Analysis
 from rankfold.batches import Data, Forward, run
 from rankfold.distances import Distance, SquaredError
@@ -63,8 +64,8 @@ def recover_elastic(
     model without a layer that can be sliced or whose plan the analysis does not know.
     """
     record = record_of(model)
-    if record.merged:
-        raise PlanError("the model was merged: merge what it is sliced to instead")
+    if record.merged or record.removed:
+        raise PlanError("layers were merged, or channels taken out: do that to the slices instead")
     own = _own_plan(record.plan)
     choices = restricted(analysis, model)
     plans = [_sliced_plan(record.plan, choices, budget) for budget in budgets]
@@ -81,10 +82,8 @@ def recover_elastic(
                 layer.set_rank(chosen[name])
 
         def before_step(_: nn.Module, step: int) -> None:
-            drawn = torch.randint(
-                len(ranks), (), generator=torch.Generator().manual_seed((seed << 32) + step)
-            )
-            set_ranks(ranks[int(drawn)])
+            generator = torch.Generator().manual_seed(processes.seed_of(seed, step))
+            set_ranks(ranks[int(torch.randint(len(ranks), (), generator=generator))])
 
         def score(network: nn.Module, held: Data) -> float:
             losses = []
@@ -134,6 +133,8 @@ def slice_to(model: nn.Module, **budget: float) -> nn.Module:
     record = record_of(model)
     if record.elastic is None:
         raise PlanError("this model was not trained to be sliced: see rankfold.recover_elastic")
+    if record.merged or record.removed:
+        raise PlanError("layers were merged, or channels taken out: slice it before")
     plan = _sliced_plan(record.plan, record.elastic, budget)
     small = copy.deepcopy(model)
     made: dict[nn.Module, nn.Module] = {}

@@ -120,6 +120,14 @@ def from_first(work: Callable[[], R]) -> R:
     return _result(gathered(_attempt(work) if index() == 0 else None)[0])
 
 
+def seed_of(seed: int, item: int) -> int:
+    """A seed for what is drawn for one of many items: the same whoever takes it.
+
+    Of 32 bits, since torch's generator of the CPU looks at no more.
+    """
+    return (seed * 2_654_435_761 + item) % 2**32
+
+
 def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         with _by_itself():

@@ -13,11 +13,10 @@ from rankfold.cost import count_macs
 PACKAGE_DATA = Path(demo.__file__).parent
 
 
-def test_the_dense_network_is_as_good_as_it_is_said_to_be() -> None:
+def test_the_dense_network_is_what_it_is_said_to_be() -> None:
     test = demo.make_test()
     assert sum(len(labels) for _, labels in test) == 5000
     model = demo.make_model()
-    assert demo.accuracy(model, test) == pytest.approx(0.944, abs=0.001)
     image = test[0][0][:1]
     assert count_macs(lambda: model(image)) == 116_353_280
 
@@ -43,6 +42,7 @@ def test_demo_keeps_its_promise(
         main()
     assert not exited.value.code
     told = json.loads(capsys.readouterr().out)
+    assert told["before"]["metric"] == pytest.approx(0.944, abs=0.001)
     assert told["after"]["macs"] <= 0.3 * told["before"]["macs"]
     assert told["after"]["metric"] >= told["before"]["metric"] - 0.005
     loaded = rankfold.load("rankfold-demo", demo.make_model)
@@ -54,5 +54,5 @@ def test_evbmf_on_the_demo_network_without_recovery() -> None:
     plan = rankfold.analyze(model, demo.make_data(), metric="weight").plan(evbmf=True)
     small = rankfold.factorize(model, plan)
     assert plan.after.macs < 0.3 * plan.before.macs
-    assert demo.accuracy(small, demo.make_test()) > 0.85
+    assert demo.accuracy(small, demo.make_test()[:50]) > 0.85
     assert not torch.equal(small(demo.make_data()[0]), model(demo.make_data()[0]))

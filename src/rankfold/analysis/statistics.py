@@ -109,8 +109,8 @@ def gather(
                 if index % processes.count() != processes.index():
                     continue
                 # What is drawn for a batch is the same whoever takes it.
-                watcher.generator.manual_seed(_seed_of(seed, index))
-                probing.manual_seed(_seed_of(seed, index))
+                watcher.generator.manual_seed(processes.seed_of(seed, index))
+                probing.manual_seed(processes.seed_of(seed, index))
                 watcher.batch = index
                 samples += batch_size(batch)
                 outputs = run_or_explain(forward, model, batch, index)
@@ -136,10 +136,6 @@ def gather(
         if uses:
             found[name] = _of_shared(uses, [curvature.name for curvature in curvatures])
     return found
-
-
-def _seed_of(seed: int, index: int) -> int:
-    return (seed << 32) + index
 
 
 def _of_shared(uses: Sequence[tuple[Statistics, nn.Module]], names: Sequence[str]) -> Statistics:

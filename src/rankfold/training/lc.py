@@ -14,7 +14,6 @@ metric itself, weights that it hardly sees do not come along.
 """
 
 import copy
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,9 +140,9 @@ def learn_ranks(
             distance=distance,
             loss_fn=loss_fn,
             penalty=_Pull(stiffness, scales, _moved(step.targets, shifts)),
-            # The last weights are kept, not those that do best: these are pulled away from.
+            # Not those that do best: these are pulled away from.
+            keep="last",
             validation=validation,
-            metric=_Later(),
             forward=forward,
             epochs=epochs,
             learning_rate=learning_rate,
@@ -229,16 +228,6 @@ class _Pull:
         for name, aim in self.aims.items():
             total = total + self.scales[name] * (_weight(model, name) - aim).square().sum()
         return self.stiffness * total
-
-
-class _Later:
-    """A metric by which what comes later is better."""
-
-    def __init__(self) -> None:
-        self.count = itertools.count()
-
-    def __call__(self, model: nn.Module, data: Data) -> float:
-        return float(next(self.count))
 
 
 def _prepared(analysis: Analysis, model: nn.Module) -> Analysis:
