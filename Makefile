@@ -1,7 +1,7 @@
 # `make demo` and `make test` each make a virtual environment of their own.
 
 PYTHON ?= python3
-INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test examples decompositions clean
 

@@ -35,9 +35,9 @@ from torch import nn
 
 import rankfold
 from rankfold.analysis import Analysis, Overrides
+from rankfold.distances import SquaredError
 from rankfold.errors import BudgetError
 from rankfold.methods import DEFAULT_METHODS
-from rankfold.recover import distance
 from rankfold.refit import refit
 
 HERE = Path(__file__).parent
@@ -150,7 +150,7 @@ def fine_tuning() -> list[tuple[torch.Tensor, Any]]:
 def loss(output: torch.Tensor, target: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Distillation and labels together."""
     logits, labels = target
-    return distance(output, logits) + nn.functional.cross_entropy(output, labels)
+    return SquaredError()(output, logits) + nn.functional.cross_entropy(output, labels)
 
 
 def fit(method: str, label: str, choices: Choices) -> dict[str, Any]:

@@ -80,6 +80,10 @@ with pytest.raises(ModelError, match="layer 3 is wrong"):
 with pytest.raises(ModelError, match="layer 3 is wrong"):
     processes.from_first(lambda: work(3))
 
+with processes.by_itself():
+    assert processes.count() == 1 and processes.is_first()
+    assert processes.gathered("only this one") == ["only this one"]
+
 # The command line, which parts from the others at the end.
 names = ["networks:make_model", "--data", "networks:make_data", "--test", "networks:make_labelled"]
 options = ["--metric", "rankfold:accuracy", "--macs", "0.5", "--epochs", "1", "--json"]

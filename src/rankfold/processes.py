@@ -1,7 +1,8 @@
 """Several processes that do one piece of work together.
 
 They are started by `torchrun` or `accelerate launch`, each with the same command and the same data,
-and go through the same calls in the same order. With one process everything here does nothing.
+and go through the same calls in the same order; a program in which one process alone calls rankfold
+does so within `by_itself()`. With one process everything here does nothing.
 """
 
 import atexit
@@ -24,7 +25,7 @@ _alone = False  # within what one process does for all
 
 def join(device: torch.device) -> None:
     """Meet the other processes, if the environment says that there are any (`WORLD_SIZE`)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _initialized() and not _alone:
         from accelerate import PartialState
 
         PartialState(cpu=device.type == "cpu")
@@ -53,7 +54,7 @@ def index() -> int:
 
 def is_first() -> bool:
     """Whether this is the one that writes files and talks to the user."""
-    return not _initialized() or torch.distributed.get_rank() == 0
+    return index() == 0
 
 
 def own(items: Sequence[T]) -> list[T]:
@@ -128,9 +129,20 @@ def seed_of(seed: int, item: int) -> int:
     return (seed * 2_654_435_761 + item) % 2**32
 
 
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Within: this process waits for no other, for what it alone is to do."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def _attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
-        with _by_itself():
+        with by_itself():
             return work(), None
     except Exception as error:
         return None, error
@@ -141,17 +153,6 @@ def _result(attempt: Any) -> Any:
     if error is not None:
         raise error
     return value
-
-
-@contextmanager
-def _by_itself() -> Iterator[None]:
-    """Within: this process waits for no other."""
-    global _alone
-    before, _alone = _alone, True
-    try:
-        yield
-    finally:
-        _alone = before
 
 
 def _part() -> None:

@@ -29,7 +29,7 @@ from rankfold.layers import (
     parameter_like,
 )
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, other_kind
-from rankfold.methods.moments import WEIGHT_METRIC, Moments
+from rankfold.methods.moments import WEIGHT_METRIC, Moments, losses_by_rank
 from rankfold.methods.svd import low_rank_factors
 
 
@@ -92,13 +92,7 @@ class ProjectedInputsFamily:
     @cached_property
     def _losses(self) -> torch.Tensor:
         """Of each rank from 0 on: (full rank + 1,)."""
-        energy = self.singular_values.square()
-        beyond = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
-        whole = beyond[0].item()
-        scale = self.scale
-        if scale is None:
-            scale = 1 / whole if whole > 0 else 0.0
-        return (scale * beyond).cpu()
+        return losses_by_rank(self.singular_values.square(), self.scale)
 
     def loss(self, rank: Rank) -> float:
         check_ranks(rank, (input_limit(self.layer),), self.layer)

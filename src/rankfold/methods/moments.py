@@ -129,6 +129,18 @@ class Moments:
         return Moments(mean, self.gradients, self.scale)
 
 
+def losses_by_rank(squares: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """The loss of each rank from 0 on, (n + 1,), float64: what is left of n squares after the rank.
+
+    `scale` is the loss of a unit; None: relative to all of them.
+    """
+    beyond = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+    whole = beyond[0].item()
+    if scale is None:
+        scale = 1 / whole if whole > 0 else 0.0
+    return (scale * beyond).cpu()
+
+
 def _roots(moment: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
     if moment is None:
         return None

@@ -26,7 +26,7 @@ from rankfold.layers import (
 )
 from rankfold.methods.fewer_units import state_moments
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, other_kind
-from rankfold.methods.moments import Moments
+from rankfold.methods.moments import Moments, losses_by_rank
 from rankfold.methods.svd import low_rank_factors
 
 
@@ -89,13 +89,7 @@ class ProjectedStates:
     @cached_property
     def _losses(self) -> torch.Tensor:
         """Of each rank from 0 on: (hidden + 1,)."""
-        energy = self.singular_values.square().sum(0)
-        beyond = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
-        whole = beyond[0].item()
-        scale = self.scale
-        if scale is None:
-            scale = 1 / whole if whole > 0 else 0.0
-        return (scale * beyond).cpu()
+        return losses_by_rank(self.singular_values.square().sum(0), self.scale)
 
     def loss(self, rank: Rank) -> float:
         check_ranks(rank, (self.layer.hidden_size - 1,), self.layer)
