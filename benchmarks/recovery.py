@@ -231,7 +231,7 @@ def write_document(facts: dict[str, Any]) -> None:
         states = [name for name in next(iter(rows.values())) if "seconds" not in name]
         table = markdown_table(
             ("methods", *states),
-            [(name, *(f"{100 * row[s]:.1f}" for s in states)) for name, row in rows.items()],
+            [(name, *(f"{100 * row[s]:.2f}" for s in states)) for name, row in rows.items()],
         )
         between_markers(DOCUMENT, "demo", f"{table}\nMeasured on: {on}.\n")
     if rows := facts.get("minutes"):
