@@ -1,10 +1,10 @@
 """One network for many budgets: trained at ranks that change from step to step, sliced when needed.
 
 The factors of a layer are ordered: the first columns of one and the first rows of the next are the
-best of that rank. Nothing in training keeps this order by itself; trained with the ranks drawn anew
-for every step they keep it (nested dropout: Rippel, Gelbart, Adams: Learning ordered representations
-with nested dropout, ICML 2014). The network is then saved once, and `slice_to` cuts a smaller one out
-of it, without data and at once.
+best of that rank. Nothing in training keeps this order by itself; trained with the ranks drawn
+anew for every step they keep it (nested dropout: Rippel, Gelbart, Adams: Learning ordered
+representations with nested dropout, ICML 2014). The network is then saved once, and `slice_to` cuts
+a smaller one out of it, without data and at once.
 """
 
 import copy
