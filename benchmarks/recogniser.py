@@ -1,11 +1,11 @@
 """A text recogniser several times as fast on the clock: convolutions, LSTMs and linear layers.
 
-EasyOCR's `english_g2`, one word at a time, planned for a share of its measured time and recovered
-from its own outputs on rendered words, without labels. In steps, each from what is kept of the one
-before: `plan` analyzes, plans by the clock and factorizes; `recover` trains, and goes on where it
-was if it was stopped; `judge` reads words in fonts held out and times dense and compressed networks
-in turn, on words of three widths, and in ONNX Runtime on one. Writes benchmarks/recogniser.json and
-a table of docs/recogniser.md.
+EasyOCR's `english_g2`, one word at a time, planned for a share of its measured time, in eager mode
+or in ONNX Runtime, and recovered from its own outputs on rendered words, without labels. In steps,
+each from what is kept of the one before: `plan` analyzes, plans by the clock and factorizes;
+`recover` trains, and goes on where it was if it was stopped; `judge` reads words in fonts held out
+and times dense and compressed networks in turn, on words of three widths, in both runtimes. Writes
+benchmarks/recogniser.json and a table of docs/recogniser.md.
 """
 
 import json
@@ -60,18 +60,22 @@ def calibration() -> list[torch.Tensor]:
     return [middle[:1], *words]
 
 
-def timed_analysis(model: nn.Module) -> Analysis:
-    kept = KEPT / "analysis"
+def timed_analysis(model: nn.Module, runtime: Runtime) -> Analysis:
+    kept = KEPT / ("analysis" if runtime == "eager" else f"analysis-{runtime}")
     if kept.exists():
         return Analysis.load(kept)
-    analysis = rankfold.analyze(model, calibration(), methods=METHODS, timed=True)
+    if runtime == "eager":
+        analysis = rankfold.analyze(model, calibration(), methods=METHODS, timed=True)
+    else:
+        analysis = timed_analysis(model, "eager")
+        analysis = rankfold.with_timings(analysis, model, calibration(), runtime=runtime)
     analysis.save(kept)
     return analysis
 
 
-def plan(latency: float) -> dict[str, Any]:
+def plan(latency: float, runtime: Runtime) -> dict[str, Any]:
     model = make_recogniser()
-    analysis = timed_analysis(model)
+    analysis = timed_analysis(model, runtime)
     found = plan_to_latency(
         model,
         analysis,
@@ -79,7 +83,7 @@ def plan(latency: float) -> dict[str, Any]:
         calibration()[0],
         lambda aim: analysis.plan(latency=aim),
     )
-    rankfold.save(found.model, KEPT / f"factorized-{latency}", force=True)
+    rankfold.save(found.model, KEPT / f"factorized-{key(latency, runtime)}", force=True)
     return {
         "share": found.share,
         "methods": {e.name: [e.method, e.rank] for e in found.plan.factorized},
@@ -88,12 +92,17 @@ def plan(latency: float) -> dict[str, Any]:
     }
 
 
+def key(latency: float, runtime: Runtime) -> str:
+    return str(latency) if runtime == "eager" else f"{latency} in {runtime}"
+
+
 def recover(
-    latency: float, words: int, epochs: int, learning_rate: float, temperature: float
+    row: str, words: int, varied: bool, epochs: int, learning_rate: float, temperature: float
 ) -> dict[str, Any]:
-    small = rankfold.load(KEPT / f"factorized-{latency}", make_recogniser)
+    small = rankfold.load(KEPT / f"factorized-{row}", make_recogniser)
+    small = small.to(memory_format=torch.channels_last)  # in which it trains faster
     fonts, _ = split_fonts()
-    data = [images for images, _ in word_batches(words, fonts, seed=2)]
+    data = [images for images, _ in word_batches(words, fonts, seed=2, varied=varied)]
     done = rankfold.recover(
         small,
         data,
@@ -102,12 +111,13 @@ def recover(
         epochs=epochs,
         learning_rate=learning_rate,
         patience=epochs,
-        checkpoint=KEPT / f"recovery-{latency}.pt",
+        checkpoint=KEPT / f"recovery-{row}.pt",
         progress=Reported(time.perf_counter()),
     )
-    rankfold.save(small, KEPT / f"recovered-{latency}", force=True)
+    rankfold.save(small, KEPT / f"recovered-{row}", force=True)
     return {
         "words": words,
+        "varied": varied,
         "epochs": epochs,
         "learning_rate": learning_rate,
         "temperature": temperature,
@@ -127,13 +137,13 @@ class Reported:
         return work
 
 
-def judge(latency: float) -> dict[str, Any]:
+def judge(row: str) -> dict[str, Any]:
     _, held_out = split_fonts()
     test = word_batches(TESTED_ON, held_out, seed=1)
     model, networks = make_recogniser(), {}
     for stage in ("factorized", "recovered"):
-        if (KEPT / f"{stage}-{latency}").exists():
-            networks[stage] = rankfold.load(KEPT / f"{stage}-{latency}", make_recogniser).eval()
+        if (KEPT / f"{stage}-{row}").exists():
+            networks[stage] = rankfold.load(KEPT / f"{stage}-{row}", make_recogniser).eval()
     with torch.no_grad():
         found: dict[str, Any] = {"dense": words_right(model, test)}
         found |= {stage: words_right(network, test) for stage, network in networks.items()}
@@ -178,7 +188,9 @@ def where_time_goes(network: nn.Module, word: torch.Tensor) -> dict[str, float]:
 def main(
     latency: Annotated[list[float] | None, typer.Option(help="share of the dense time")] = None,
     step: Annotated[list[str] | None, typer.Option(help="plan, recover or judge")] = None,
+    runtime: Annotated[Runtime, typer.Option(help="in which plans are timed")] = "eager",
     words: int = 20_000,
+    varied: Annotated[bool, typer.Option(help="letters bolder, slanted, stretched")] = False,
     epochs: int = 10,
     learning_rate: float = 1e-3,
     temperature: float = 1.0,
@@ -189,21 +201,22 @@ def main(
     facts = json.loads(out.read_text()) if out.exists() else {"rows": {}}
     facts["machine"] = machine()
     for share in latency or (0.22, 0.16):
-        row = facts["rows"].setdefault(str(share), {})
+        title = key(share, runtime)
+        row = facts["rows"].setdefault(title, {})
         for name in step or STEPS:
             if name == "plan":
-                row["plan"] = plan(share)
+                row["plan"] = plan(share, runtime)
             elif name == "recover":
-                row["recovery"] = recover(share, words, epochs, learning_rate, temperature)
+                row["recovery"] = recover(title, words, varied, epochs, learning_rate, temperature)
             else:
-                row["result"] = judge(share)
-            print(share, name, json.dumps(row), flush=True)
+                row["result"] = judge(title)
+            print(title, name, json.dumps(row), flush=True)
             save(out, facts)
     write_document(facts)
 
 
 def write_document(facts: dict[str, Any]) -> None:
-    rows = sorted(facts["rows"].items(), key=lambda one: float(one[0]), reverse=True)
+    rows = sorted(facts["rows"].items(), reverse=True)
     done = {share: row for share, row in rows if "result" in row}
     if not done:
         return

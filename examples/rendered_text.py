@@ -50,17 +50,22 @@ def words(count: int, rng: random.Random) -> list[str]:
     return [rng.choice(styles)(word) for word in rng.sample(vocabulary(), count)]
 
 
-def render_word(text: str, font: Path, rng: random.Random) -> np.ndarray:
+def render_word(text: str, font: Path, rng: random.Random, *, varied: bool = False) -> np.ndarray:
     """A grey picture (64, width) of a word: turned, blurred by a small scan, noisy.
 
     The width is rounded to a multiple of 32 by stretching, never by padding: words of one width
-    can share a batch, and nothing that is not writing is added for a network to read.
+    can share a batch, and nothing that is not writing is added for a network to read. `varied`
+    letters are bolder, slanted, wider or narrower too, as those of fonts that are not here may be.
     """
     face = ImageFont.truetype(str(font), 48)
     left, top, right, bottom = face.getbbox(text)
     ink, paper = rng.randint(0, 90), rng.randint(165, 255)
     picture = Image.new("L", (right - left + 24, bottom - top + 20), paper)
-    ImageDraw.Draw(picture).text((12 - left, 10 - top), text, fill=ink, font=face)
+    bolder = rng.choice((0, 0, 1)) if varied else 0
+    draw = ImageDraw.Draw(picture)
+    draw.text((12 - left, 10 - top), text, fill=ink, font=face, stroke_width=bolder)
+    if varied:
+        picture = _slanted(picture, rng.uniform(-0.3, 0.3), rng.uniform(0.75, 1.3), paper)
     picture = picture.rotate(rng.uniform(-4, 4), Image.Resampling.BICUBIC, fillcolor=paper)
     scan = rng.randint(16, 24)
     picture = picture.resize(
@@ -72,14 +77,24 @@ def render_word(text: str, font: Path, rng: random.Random) -> np.ndarray:
     return np.clip(pixels + noise, 0, 255).astype(np.float32)
 
 
+def _slanted(picture: Image.Image, slant: float, wider: float, paper: int) -> Image.Image:
+    """Each row moved by so much of its height, and all stretched."""
+    lean = abs(slant) * picture.height
+    size = (round((picture.width + lean) * wider), picture.height)
+    to_source = (1 / wider, slant, -lean if slant > 0 else 0, 0, 1, 0)
+    return picture.transform(
+        size, Image.Transform.AFFINE, to_source, Image.Resampling.BILINEAR, fillcolor=paper
+    )
+
+
 def word_batches(
-    count: int, fonts: list[list[Path]], seed: int, batch: int = 16
+    count: int, fonts: list[list[Path]], seed: int, batch: int = 16, *, varied: bool = False
 ) -> list[tuple[torch.Tensor, list[str]]]:
     """`count` rendered words in batches (n, 1, 64, width) of one width, with their texts."""
     rng = random.Random(seed)
     by_width: dict[int, list[tuple[np.ndarray, str]]] = defaultdict(list)
     for text in words(count, rng):
-        pixels = render_word(text, rng.choice(rng.choice(fonts)), rng)
+        pixels = render_word(text, rng.choice(rng.choice(fonts)), rng, varied=varied)
         by_width[pixels.shape[1]].append((pixels, text))
     batches = []
     for width in sorted(by_width):

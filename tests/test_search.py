@@ -10,8 +10,16 @@ from rankfold import search
 from rankfold.analysis.latency import NetworkTiming
 from rankfold.batches import run
 from rankfold.errors import BudgetError
+from rankfold.measure import accuracy
 from rankfold.progress import silent
-from rankfold.search import _next_aim, cheapest_within, plan_to_latency, teacher_agreement
+from rankfold.search import (
+    _next_aim,
+    cheapest_within,
+    contenders,
+    plan_to_latency,
+    teacher_agreement,
+    winner,
+)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +169,78 @@ def test_compress_by_latency_and_by_drop() -> None:
     small = rankfold.compress(model, data, latency=0.99, epochs=0, loss_metric="weight")
     record = rankfold.record_of(small)
     assert set(record.plan.request) == {"latency"} and record.comparison is not None
+
+
+def methods_of(plan: rankfold.Plan) -> set[str | None]:
+    return {entry.method for entry in plan.factorized}
+
+
+def test_contenders_give_each_method_the_layers_that_it_takes(analysis) -> None:
+    found = contenders(analysis)
+    assert list(found) == ["all", "separable", "svd"]  # one layer alone takes tucker2
+    assert found["all"] is analysis
+    for name in ("separable", "svd"):
+        for before, after in zip(analysis.layers, found[name].layers, strict=True):
+            methods = {candidate.method for candidate in before.candidates}
+            taken = {name} if name in methods else methods
+            assert {candidate.method for candidate in after.candidates} == taken
+
+
+def test_of_contenders_the_one_with_the_best_metric_wins(analysis) -> None:
+    model, data = make_model(), make_data()
+    tried: list[set[str | None]] = []
+
+    def planned(source):
+        plan = source.plan(macs=0.5)
+        tried.append(methods_of(plan))
+        return plan, rankfold.factorize(model, plan)
+
+    def likes_separable(network, data) -> float:
+        return float("separable" in methods_of(rankfold.record_of(network).plan))
+
+    plan, small = winner(contenders(analysis), planned, likes_separable, data)
+    assert len(tried) == 3 and "separable" in methods_of(plan)
+    assert rankfold.record_of(small).plan == plan
+    # Of equals the first, and what does nothing only if nothing else can be done.
+    first, _ = winner(contenders(analysis), planned, lambda network, data: 1.0, data)
+    assert methods_of(first) == tried[0]
+    dense = analysis.plan(macs=1.0)
+    sources = {"dense": analysis, "all": analysis}
+    plans = iter([dense, first])
+
+    def dense_first(source):
+        plan = next(plans)
+        return plan, rankfold.factorize(model, plan)
+
+    def likes_dense(network, data) -> float:
+        return -float(len(rankfold.record_of(network).plan.factorized))
+
+    assert winner(sources, dense_first, likes_dense, data)[0] is first
+
+    def out_of_reach(source):
+        raise BudgetError("out of reach")
+
+    with pytest.raises(BudgetError, match="out of reach"):
+        winner(sources, out_of_reach, likes_dense, data)
+
+
+def test_compress_with_a_contest() -> None:
+    model, data = make_model(), make_data()
+    judged: list[float] = []
+
+    def metric(network, batches) -> float:
+        judged.append(accuracy(network, batches))
+        return judged[-1]
+
+    options = {"epochs": 0, "loss_metric": "weight", "metric": metric, "test": make_labelled()}
+    small = rankfold.compress(model, data, macs=0.5, contest=True, **options)
+    record = rankfold.record_of(small)
+    assert record.plan.after.macs <= 0.5 * record.plan.before.macs
+    assert record.comparison is not None and record.comparison.after.metric == max(judged[1:4])
+    rankfold.compress(model, data, params=0.5, contest=True, epochs=0, loss_metric="weight")
+    for wrong in ({"max_drop": 0.1}, {"energy": 0.9}, {}):
+        with pytest.raises(BudgetError, match="contest is between plans of one budget"):
+            rankfold.compress(model, data, contest=True, **wrong)
 
 
 class SmallTransformer(nn.Module):

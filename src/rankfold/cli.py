@@ -276,6 +276,10 @@ def compress(
         float | None,
         typer.Option("--max-drop", help="Fewest MACs that lose so much of the metric at most."),
     ] = None,
+    contest: Annotated[
+        bool,
+        typer.Option("--contest", help="Let the metric choose between plans of one method or all."),
+    ] = False,
     epochs: Epochs = 5,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", help="Of recovery, the greatest.")
@@ -325,6 +329,7 @@ def compress(
         memory=memory,
         latency=latency,
         max_drop=max_drop,
+        contest=contest,
         energy=energy,
         fraction=fraction,
         evbmf=evbmf,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.analysis import Outputs, Overrides, analyze
+from rankfold.analysis import Analysis, Outputs, Overrides, analyze
 from rankfold.batches import Data, Forward, device_of, first_batches, run
 from rankfold.deployment import merge_adjacent
 from rankfold.distances import Distance, SquaredError
@@ -22,7 +22,13 @@ from rankfold.progress import Progress, silent
 from rankfold.record import attach_record, record_of
 from rankfold.recover import LossFunction, Precision, Schedule, recover
 from rankfold.runtime import Runtime, check_runtime
-from rankfold.search import cheapest_within, plan_to_latency, teacher_agreement
+from rankfold.search import (
+    cheapest_within,
+    contenders,
+    plan_to_latency,
+    teacher_agreement,
+    winner,
+)
 
 
 def compress(
@@ -34,6 +40,7 @@ def compress(
     memory: float | None = None,
     latency: float | None = None,
     max_drop: float | None = None,
+    contest: bool = False,
     energy: float | None = None,
     fraction: float | None = None,
     evbmf: bool = False,
@@ -71,6 +78,11 @@ def compress(
     fewest MACs that lose, before recovery, at most so much of the metric on `validation` (by
     default `test`); without a metric, of the agreement with the original.
 
+    Predicted losses do not always say which method the metric likes best: with `contest`, plans are
+    also made in which one method takes every layer that it can take, and of all their networks the
+    one with the best metric on `validation` (by default `test`) before recovery is taken; without a
+    metric, the one that agrees most with the original.
+
     With `elastic`, a smaller budget of the same kind, the network is trained so that it can be cut
     down to any between (`slice_to`).
 
@@ -87,6 +99,8 @@ def compress(
     given = [name for name, value in budgets.items() if value is not None]
     if max_drop is not None and (given or energy or fraction or evbmf):
         raise BudgetError("ask for max_drop or for a budget, not for both")
+    if contest and (max_drop is not None or not given):
+        raise BudgetError("a contest is between plans of one budget: params, macs, memory, latency")
     steps_down = None
     if elastic is not None:
         if loss_fn is not None or merge or epochs == 0:
@@ -111,36 +125,44 @@ def compress(
         progress=progress,
     )
 
-    def make_plan(**budget: Any) -> Plan:
+    held_out = validation if validation is not None else judged
+
+    def make_plan(source: Analysis, **budget: Any) -> Plan:
         asked = {"params": params, "macs": macs, "memory": memory, **budget}
-        return analysis.plan(
+        return source.plan(
             **asked, energy=energy, fraction=fraction, evbmf=evbmf, overrides=overrides
         )
 
-    if latency is not None:
-        timed = plan_to_latency(
-            model,
-            analysis,
-            latency,
-            next(first_batches(data, 1, device_of(model))),
-            lambda aim: make_plan(latency=aim),
-            forward=forward,
-            progress=progress,
-        )
-        plan, small = timed.plan, timed.model
-    else:
+    def planned(source: Analysis) -> tuple[Plan, nn.Module]:
+        if latency is not None:
+            timed = plan_to_latency(
+                model,
+                source,
+                latency,
+                next(first_batches(data, 1, device_of(model))),
+                lambda aim: make_plan(source, latency=aim),
+                forward=forward,
+                progress=progress,
+            )
+            return timed.plan, timed.model
         if max_drop is not None:
             plan = cheapest_within(
                 model,
-                validation if validation is not None else judged,
+                held_out,
                 metric or teacher_agreement(model, forward),
                 max_drop,
-                lambda budget: make_plan(macs=budget),
+                lambda budget: make_plan(source, macs=budget),
                 progress=progress,
             )
         else:
-            plan = make_plan()
-        small = factorize(model, plan, progress=progress)
+            plan = make_plan(source)
+        return plan, factorize(model, plan, progress=progress)
+
+    if contest:
+        judge = metric or teacher_agreement(model, forward)
+        plan, small = winner(contenders(analysis), planned, judge, held_out)
+    else:
+        plan, small = planned(analysis)
     record = record_of(small)
     small = in_fastest_memory_format(small, batch, forward, progress, runtime)
     if epochs > 0 and plan.factorized:

@@ -6,6 +6,7 @@ until it does what was asked for.
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -267,6 +268,48 @@ def cheapest_within(
             f"no plan that was tried loses at most {max_drop} of the metric before recovery"
         )
     return best
+
+
+def contenders(analysis: Analysis) -> dict[str, Analysis]:
+    """What plans can be made from: all methods, and by name one of them wherever it can be.
+
+    Of methods that take one layer alone there is none.
+    """
+    counts = Counter(
+        method
+        for layer in analysis.layers
+        for method in {candidate.method for candidate in layer.candidates}
+    )
+    several = sorted(method for method, count in counts.items() if count > 1)
+    return {"all": analysis, **{method: analysis.preferring(method) for method in several}}
+
+
+def winner(
+    analyses: Mapping[str, Analysis],
+    planned: Callable[[Analysis], tuple[Plan, nn.Module]],
+    metric: Metric,
+    data: Data,
+) -> tuple[Plan, nn.Module]:
+    """Of the plans that can be made, the one whose network does best by a metric.
+
+    Of equals the first; one that leaves every layer dense only if all do. Raises BudgetError where
+    none can be made.
+    """
+    best: tuple[tuple[bool, float], Plan, nn.Module] | None = None
+    refused: BudgetError | None = None
+    for analysis in analyses.values():
+        try:
+            plan, small = planned(analysis)
+        except BudgetError as error:
+            refused = refused or error
+            continue
+        score = bool(plan.factorized), evaluate(metric, small, data)
+        if best is None or score > best[0]:
+            best = score, plan, small
+    if best is None:
+        assert refused is not None
+        raise refused
+    return best[1:]
 
 
 def teacher_agreement(teacher: nn.Module, forward: Forward = run) -> Metric:

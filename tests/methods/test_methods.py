@@ -5,6 +5,7 @@ Those for recurrent layers have the same laws in files of their own.
 
 import copy
 import dataclasses
+import functools
 import json
 from itertools import pairwise, product
 
@@ -127,6 +128,19 @@ IN_A_METRIC = [
     if case.values[0].name not in SLOW or case.values[1] not in ONE_OF_EACH_KIND[::2]
     for known in (KNOWN[::2] if case.values[0].name in ALTERNATING else KNOWN)
 ]
+
+
+@functools.cache
+def fitted(method: Reduced, layer: nn.Module):
+    """In the weight metric; once for all tests that leave the layer as it is."""
+    return method.fit(layer, WEIGHT_METRIC)
+
+
+@functools.cache
+def fitted_in_a_metric(method: Reduced, layer: nn.Module, *known, rank: int | None = None):
+    """A layer, a metric and the family in it, likewise."""
+    layer, moments = in_a_metric(layer, *known, rank=rank)
+    return layer, moments, method.fit(layer, moments)
 
 
 def groups_of(layer: nn.Module) -> int:
@@ -306,7 +320,7 @@ def is_frozen(method: Reduced, layer: nn.Module, form: nn.Module, factor: nn.Mod
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_every_factor_gets_a_gradient_and_the_bias_is_kept(method, layer) -> None:
-    family = method.fit(layer, WEIGHT_METRIC)
+    family = fitted(method, layer)
     form = family.build(family.ranks()[0])
     shape = (2, in_channels(layer), *(6 for _ in layer.weight.shape[2:]))
     form(torch.randn(shape)).square().sum().backward()
@@ -381,10 +395,10 @@ def test_a_bias_may_be_frozen_alone_and_no_memory_is_shared(method, layer) -> No
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_the_state_of_a_form_is_loaded_into_its_skeleton(method, layer) -> None:
-    layer = copy.deepcopy(layer).eval()
-    family = method.fit(layer, WEIGHT_METRIC)
+    family = fitted(method, layer)
     rank = family.ranks()[0]
-    form, other = family.build(rank), method.skeleton(layer, rank).to_empty(device="cpu").eval()
+    form, other = family.build(rank).eval(), method.skeleton(layer, rank).to_empty(device="cpu")
+    other.eval()
     other.load_state_dict(form.state_dict())
     assert all(torch.equal(other.state_dict()[n], value) for n, value in form.state_dict().items())
     given = torch.randn(2, in_channels(layer), *(6 for _ in layer.weight.shape[2:]))
@@ -412,7 +426,7 @@ def test_the_form_is_exported(name, layer) -> None:
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_impossible_ranks_are_refused(method, layer) -> None:
-    family = method.fit(layer, WEIGHT_METRIC)
+    family = fitted(method, layer)
     best = full_rank(family)
     wrong = [
         (*best[:e], value, *best[e + 1 :]) for e in range(len(best)) for value in (0, best[e] + 1)
@@ -437,7 +451,7 @@ def test_impossible_ranks_have_no_loss(name) -> None:
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_candidates_are_aligned(method, layer) -> None:
-    ranks = method.fit(layer, WEIGHT_METRIC).ranks()
+    ranks = fitted(method, layer).ranks()
     assert len(set(ranks)) == len(ranks)
     if method.name in COUNTED:
         assert list(ranks[:-1]) == [(rank,) for rank in range(1, len(ranks))]
@@ -462,7 +476,7 @@ def unfoldings(method: str, weight: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_spectra_are_the_singular_values_of_the_unfoldings(method, layer) -> None:
-    spectra = method.fit(layer, WEIGHT_METRIC).spectra
+    spectra = fitted(method, layer).spectra
     by_group = layer.weight.detach().double().chunk(groups_of(layer))
     expected = zip(*(unfoldings(method.name, weight) for weight in by_group), strict=True)
     for spectrum, of_groups in zip(spectra, expected, strict=False):
@@ -558,8 +572,7 @@ def whitened(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
 
 @pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_in_a_metric_full_rank_is_still_the_dense_layer(method, layer, inputs, gradients) -> None:
-    layer, moments = in_a_metric(layer, inputs, gradients)
-    family = method.fit(layer, moments)
+    layer, moments, family = fitted_in_a_metric(method, layer, inputs, gradients)
     best = full_rank(family)
     assert metric_error(moments, family.build(best), layer) < reachable(method.name, 1e-9)
     if method.name not in INEXACT:
@@ -589,8 +602,7 @@ def test_svd_loses_the_tail_of_the_whitened_weight(layer, inputs, gradients) -> 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_a_scale_is_the_unit_of_the_loss(method, layer) -> None:
-    layer, moments = in_a_metric(layer, "patches", True)
-    relative_family = method.fit(layer, moments)
+    layer, moments, relative_family = fitted_in_a_metric(method, layer, "patches", True)
     family = method.fit(layer, dataclasses.replace(moments, scale=3.0))
     whole = squared_error(moments, layer, layer.weight.detach())
     for rank in family.ranks():
@@ -603,8 +615,8 @@ def test_a_metric_is_served_better_by_what_is_fitted_in_it(
     method, layer, inputs, gradients
 ) -> None:
     """Than by what is fitted to the weight alone; alternation finds a local optimum."""
-    layer, moments = in_a_metric(layer, inputs, gradients)
-    family, plain = method.fit(layer, moments), method.fit(layer, WEIGHT_METRIC)
+    layer, moments, family = fitted_in_a_metric(method, layer, inputs, gradients)
+    plain = fitted(method, layer)
     slack = 1.02 if method.name in ALTERNATING else 1 + 1e-6
     errors, others = [], []
     exact = method.name in APPROXIMATE  # at the last rank, where both are
@@ -621,8 +633,7 @@ def test_a_metric_is_served_better_by_what_is_fitted_in_it(
 
 @pytest.mark.parametrize(("method", "layer", "inputs", "gradients"), IN_A_METRIC)
 def test_in_a_metric_the_loss_does_not_grow_with_rank(method, layer, inputs, gradients) -> None:
-    layer, moments = in_a_metric(layer, inputs, gradients)
-    family = method.fit(layer, moments)
+    _, _, family = fitted_in_a_metric(method, layer, inputs, gradients)
     losses = {rank: family.loss(rank) for rank in family.ranks()}
     for less, more in product(losses, repeat=2):
         if all(a <= b for a, b in zip(less, more, strict=True)):
@@ -735,7 +746,7 @@ def test_weights_that_cannot_be_are_refused_in_a_metric_too(
 @pytest.mark.parametrize(("method", "layer"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_metric_serves_every_precision(method, layer, dtype) -> None:
-    double, moments = in_a_metric(layer, "patches", True)
+    double, moments, in_double = fitted_in_a_metric(method, layer, "patches", True)
     layer = copy.deepcopy(double).to(dtype)
     family = method.fit(layer, moments)
     rounding = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4}
@@ -745,7 +756,6 @@ def test_a_metric_serves_every_precision(method, layer, dtype) -> None:
         assert metric_error(moments, form, layer) < 1
     else:
         assert weight_error(form, layer) < rounding[dtype]
-    in_double = method.fit(double, moments)
     # A search may take another turn after rounding.
     least = 1e-2 if method.name in APPROACHED | APPROXIMATE else 1e-3
     for rank in family.ranks():

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -152,6 +152,14 @@ class Analysis:
     def load(directory: str | os.PathLike[str]) -> "Analysis":
         """Read what `save` wrote; raises CheckpointError for anything else."""
         return load_analysis(directory)
+
+    def preferring(self, method: str) -> "Analysis":
+        """As if no other method took the layers that this one can take, by its name."""
+        layers = []
+        for layer in self.layers:
+            only = tuple(one for one in layer.candidates if one.method == method)
+            layers.append(replace(layer, candidates=only) if only else layer)
+        return replace(self, layers=tuple(layers))
 
     def curve(self, cost: str = "macs", points: int = 20) -> list[CurvePoint]:
         """The least predicted loss at budgets of one cost from the smallest reachable to 1."""
