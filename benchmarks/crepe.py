@@ -62,8 +62,8 @@ def make_data() -> list[torch.Tensor]:
     return [frames[:8], *frames[8:].split(32)]
 
 
-def make_test() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    frames, cents = tones(1024, seed=1)
+def make_test(seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    frames, cents = tones(1024, seed)
     return list(zip(frames.split(16), cents.split(16), strict=True))
 
 

@@ -3,7 +3,8 @@
 Writes benchmarks/mixture.json, in which what is there is not done again, and tables of
 docs/methods.md: for each network the metric before any recovery, and the measured share of the
 dense time, which each plan is brought to by trying (`plan_to_latency`). A plan of one method takes
-SVD for the layers that the method does not take.
+SVD for the layers that the method does not take. "Contest" is the plan that a contest of
+`rankfold.compress` takes of them: the best one on other inputs than those of the score.
 """
 
 import json
@@ -24,7 +25,7 @@ import rankfold
 from rankfold.analysis import Analysis
 from rankfold.errors import BudgetError
 from rankfold.plan import Plan
-from rankfold.search import plan_to_latency
+from rankfold.search import plan_to_latency, teacher_agreement
 
 HERE = Path(__file__).parent
 METHODS = ("tucker2", "svd", "separable", "separable3", "block-term")
@@ -36,6 +37,7 @@ class Case:
     model: nn.Module
     data: list[Any]  # the first batch is what is timed
     score: Callable[[nn.Module], float]
+    validate: Callable[[nn.Module], float]  # likewise, on inputs that a user might choose by
     budgets: tuple[float, ...] = (0.6, 0.45, 0.33)  # of the dense latency
     methods: tuple[str, ...] = METHODS
     layers: str = "*"
@@ -44,16 +46,22 @@ class Case:
 def demo() -> Case:
     from rankfold.demo import accuracy, make_data, make_model, make_test
 
-    test = make_test()
-    return Case(make_model().eval(), make_data(), lambda network: accuracy(network, test))
+    model, data, test = make_model().eval(), make_data(), make_test()
+    agreement = teacher_agreement(model)
+    return Case(model, data, lambda m: accuracy(m, test), lambda m: agreement(m, data))
 
 
 def crepe() -> Case:
     import crepe
 
-    test = crepe.make_test()
+    test, others = crepe.make_test(), crepe.make_test(seed=7)
     return Case(
-        crepe.make_model(), crepe.make_data(), lambda m: crepe.accuracy(m, test), (0.5, 0.33), FAST
+        crepe.make_model(),
+        crepe.make_data(),
+        lambda m: crepe.accuracy(m, test),
+        lambda m: crepe.accuracy(m, others),
+        (0.5, 0.33),
+        FAST,
     )
 
 
@@ -66,12 +74,19 @@ def english_g2() -> Case:
     fonts, held_out = split_fonts()
     words = [images for images, _ in word_batches(1000, fonts, seed=0)]
     middle = sorted(words, key=lambda images: images.shape[-1])[len(words) // 2]
-    test = word_batches(1000, held_out, seed=1)
+    test, others = word_batches(1000, held_out, seed=1), word_batches(500, fonts, seed=7)
     data = [middle[:1], *words]
     budgets = (0.85, 0.75, 0.65)  # about half of the time is outside of these layers
     layers = "network.FeatureExtraction*"
     model = make_recogniser()
-    return Case(model, data, lambda m: words_right(m.eval(), test), budgets, layers=layers)
+    return Case(
+        model,
+        data,
+        lambda m: words_right(m.eval(), test),
+        lambda m: words_right(m.eval(), others),
+        budgets,
+        layers=layers,
+    )
 
 
 def craft() -> Case:
@@ -84,7 +99,15 @@ def craft() -> Case:
     model, test = make_detector(), page_batches(16, held_out, seed=1)
     pages = page_batches(24, fonts, seed=0)
     data = [pages[0][:1], *pages]
-    return Case(model, data, lambda m: agreement(m.eval(), model, test), (0.4,), FAST)
+    others = page_batches(16, fonts, seed=3)
+    return Case(
+        model,
+        data,
+        lambda m: agreement(m.eval(), model, test),
+        lambda m: agreement(m.eval(), model, others),
+        (0.4,),
+        FAST,
+    )
 
 
 def character_network() -> Case:
@@ -92,7 +115,14 @@ def character_network() -> Case:
 
     test = characters.make_test()
     model, data = characters.make_model(), characters.make_data()
-    return Case(model, data, lambda m: rankfold.accuracy(m, test), (0.5, 0.33, 0.2))
+    agreement = teacher_agreement(model)
+    return Case(
+        model,
+        data,
+        lambda m: rankfold.accuracy(m, test),
+        lambda m: agreement(m, data),
+        (0.5, 0.33, 0.2),
+    )
 
 
 CASES = {
@@ -146,6 +176,7 @@ def compare(name: str, case: Case, done: Collection[tuple[str, float]]) -> Itera
                 "measured": share_of_time(case, found.model),
                 "macs_kept": found.plan.after.macs / found.plan.before.macs,
                 "score": case.score(found.model),
+                "validated": case.validate(found.model),
                 "methods": methods_of(found.plan),
             }
             print(json.dumps(row), flush=True)
@@ -200,11 +231,18 @@ def table(network: str, rows: list[dict[str, Any]]) -> str:
     budgets = sorted({row["budget"] for row in others}, reverse=True)
     lines = []
     names = {row["contender"] for row in others}
+    if all("validated" in row for row in others):
+        best = [max((r for r in others if r["budget"] == b), key=_validated) for b in budgets]
+        lines.append(("contest", *map(_cell, best)))
     for name in (one for one in ("mixture", *METHODS) if one in names):
         cells = {row["budget"]: row for row in others if row["contender"] == name}
         lines.append((name, *(_cell(cells.get(budget)) for budget in budgets)))
     title = f"{network} (dense {100 * dense['score']:.1f}): score, % / measured time"
     return markdown_table((title, *(f"{budget:.0%} of time" for budget in budgets)), lines)
+
+
+def _validated(row: dict[str, Any]) -> float:
+    return row["validated"]
 
 
 def _cell(row: dict[str, Any] | None) -> str:

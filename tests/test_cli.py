@@ -193,3 +193,77 @@ def test_the_program_is_installed() -> None:
     done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
     for command in ("demo", "inspect", "compress", "evaluate"):
         assert command in done.stdout
+
+
+def test_a_saved_model_is_reported_and_exported(monkeypatch, capsys) -> None:
+    arguments = [*MODEL, *LABELLED, "--macs", "0.5", "--epochs", "1", "--out", "small"]
+    assert run(monkeypatch, "compress", *arguments) == 0
+    assert "report: small/report.html" in capsys.readouterr().out
+    page = Path("small/report.html").read_text()
+    assert '"command": "rankfold compress networks:make_model --data networks:make_data' in page
+    assert run(monkeypatch, "report", "small", "--out", "again.html", "--title", "Again") == 0
+    assert "<title>Again</title>" in Path("again.html").read_text()
+    capsys.readouterr()
+    told = run_json(monkeypatch, capsys, "export", "small", "small.onnx", "--threads", "1")
+    assert told["path"] == "small.onnx" and told["dynamic"] == ["batch"]
+    assert told["metric"][0] == told["metric"][1] and told["output_error"] < 1e-5
+    assert run(monkeypatch, "export", "small", "small.pt2", "--dynamic", "none", "--no-fold") == 0
+    assert "size of the file" in capsys.readouterr().out
+    assert run(monkeypatch, "export", "small", "source") == 0
+    capsys.readouterr()
+    assert {path.name for path in Path("source").iterdir()} == {
+        "architecture.py",
+        "model.safetensors",
+    }
+    told = run_json(monkeypatch, capsys, "export", "small", "other.d", "--to", "python")
+    assert told == {"path": "other.d/architecture.py"}
+    assert run(monkeypatch, "export", "small", "small.xyz") == 2
+    assert "does not tell the format" in capsys.readouterr().err
+
+
+def test_a_recipe_repeats_a_run_and_the_command_line_goes_before(monkeypatch, capsys) -> None:
+    asked = [*MODEL, "--macs", "0.5", "--keep", "stem", "--keep", "head", "--epochs", "0"]
+    arguments = [*asked, "--loss-metric", "weight", "--distance", "cosine", "--merge"]
+    told = run_json(
+        monkeypatch, capsys, "compress", *arguments, "--out", "small", "--save-recipe", "it.toml"
+    )
+    text = Path("it.toml").read_text()
+    for line in (
+        'model = "networks:make_model"',
+        'keep = ["stem", "head"]',
+        "macs = 0.5",
+        'loss-metric = "weight"',
+        'distance = "cosine"',
+        "merge = true",
+        'out = "small"',
+    ):
+        assert line in text.splitlines()
+    assert "save-recipe" not in text and "seed" not in text
+    again = run_json(monkeypatch, capsys, "compress", "--config", "it.toml", "--out", "again")
+    for key in ("parameters", "macs"):
+        assert again["after"][key] == told["after"][key]
+    plans = [json.loads(Path(n, "plan.json").read_text())["plan"] for n in ("small", "again")]
+    assert plans[0] == plans[1]
+    fewer = ["--config", "it.toml", "--out", "fewer", "--macs", "0.45"]
+    assert (
+        run_json(monkeypatch, capsys, "compress", *fewer)["after"]["macs"] < told["after"]["macs"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("speed = 3", "no option 'speed'; there are"),
+        ('config = "other.toml"', "no option 'config'"),
+        ('keep = "stem"', "'keep' is 'stem', not a list"),
+        ("macs = [0.5]", "'macs' is [0.5], not one value"),
+        ("macs = {a = 1}", "not one value"),
+        ("macs 0.5", "cannot be read"),
+    ],
+)
+def test_recipes_that_cannot_be_followed_are_refused(monkeypatch, capsys, text, words) -> None:
+    Path("it.toml").write_text(text)
+    assert run(monkeypatch, "compress", "--config", "it.toml", *MODEL, "--out", "small") == 2
+    assert words in capsys.readouterr().err
+    assert run(monkeypatch, "compress", "--config", "no.toml", *MODEL, "--out", "small") == 2
+    assert "cannot be read" in capsys.readouterr().err

@@ -9,7 +9,8 @@ import rankfold
 
 SOURCE = Path(rankfold.__file__).parent
 FLOORS = [
-    {"errors", "progress", "version"},
+    {"errors", "progress", "tables", "version"},
+    {"documents"},
     {"ranks"},
     {"decompose"},
     {"layers"},
@@ -20,10 +21,10 @@ FLOORS = [
     },
     {"analysis", "measure"},
     {"distances"},
-    {"recover", "refit", "sparsity", "record", "products"},
-    {"factorize", "deployment", "elastic"},
+    {"recover", "refit", "sparsity", "outlook", "record", "products"},
+    {"factorize", "deployment", "elastic", "card"},
     {"checkpoint", "search", "compress", "training"},
-    {"demo", "imports", "picture"},
+    {"demo", "imports", "picture", "report", "export"},
     {"cli"},
     {"__main__"},
 ]

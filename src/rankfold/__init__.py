@@ -12,7 +12,7 @@ or `small = rankfold.compress(model, data, macs=0.3)` for all but the saving.
 
 from rankfold.analysis import Analysis, Overrides, analyze, with_timings
 from rankfold.batches import Data
-from rankfold.checkpoint import load, save
+from rankfold.checkpoint import load, read_record, save
 from rankfold.compress import compress
 from rankfold.deployment import fold_batch_norms, merge_adjacent
 from rankfold.elastic import recover_elastic, slice_to
@@ -28,6 +28,7 @@ from rankfold.errors import (
     TensorError,
     UnsupportedLayerError,
 )
+from rankfold.export import Exported, export, write_source
 from rankfold.factorize import factorize
 from rankfold.measure import Comparison, Measurement, accuracy, measure
 from rankfold.plan import Plan
@@ -35,6 +36,7 @@ from rankfold.products import ProductTimes, choose_products
 from rankfold.record import Record, record_of
 from rankfold.recover import Recovery, recover, reestimate_batch_norm
 from rankfold.refit import Refit, refit
+from rankfold.report import write_report
 from rankfold.version import __version__
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Comparison",
     "Data",
     "DeviceError",
+    "Exported",
     "Measurement",
     "ModelError",
     "Overrides",
@@ -63,11 +66,13 @@ __all__ = [
     "analyze",
     "choose_products",
     "compress",
+    "export",
     "factorize",
     "fold_batch_norms",
     "load",
     "measure",
     "merge_adjacent",
+    "read_record",
     "record_of",
     "recover",
     "recover_elastic",
@@ -76,4 +81,6 @@ __all__ = [
     "save",
     "slice_to",
     "with_timings",
+    "write_report",
+    "write_source",
 ]

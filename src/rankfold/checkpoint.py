@@ -6,8 +6,8 @@ A saved model is a directory:
     plan.json           what was done to which layer, what it cost and brought, and the SHA-256 of
                         the weights file that it belongs to
 
-and for a model of transformers its config.json, generation_config.json and tokenizer files, so that
-it can be loaded without anything else.
+and for a model of transformers its config.json, generation_config.json, tokenizer files, so that it
+can be loaded without anything else, and a card (README.md).
 
 Saving is atomic. A new directory is written beside its place and renamed into it. Over an old one,
 the new weights are written under the name model.safetensors.new, plan.json is replaced by a rename,
@@ -21,7 +21,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,20 @@ from torch import nn
 from rankfold import processes
 from rankfold.analysis import Analysis
 from rankfold.analysis.storage import from_document, to_document
+from rankfold.card import model_card
+from rankfold.documents import read
 from rankfold.errors import CheckpointError, ModelError, PlanError, RankError
 from rankfold.factorize import replace_layers
 from rankfold.layers import StructuredLinear
+from rankfold.measure import Comparison
 from rankfold.merging import Pair, merge_pairs
 from rankfold.methods import reduction
 from rankfold.narrowing import Removal, narrow
+from rankfold.outlook import Outlook
 from rankfold.plan import LayerPlan, Plan
 from rankfold.pretrained import build_pretrained, is_pretrained, write_files
 from rankfold.record import Record, attach_record, record_of
+from rankfold.recover import Recovery
 from rankfold.version import __version__
 
 Pathlike = str | os.PathLike[str]
@@ -82,23 +87,26 @@ def save(
         "strides": _unusual_strides(tensors),
         "recovery": None if record.recovery is None else asdict(record.recovery),
         "comparison": None if record.comparison is None else asdict(record.comparison),
+        "outlook": None if record.outlook is None else record.outlook.to_json(),
         "merged": record.merged,
         "removed": [removal.to_json() for removal in record.removed],
         "elastic": None if record.elastic is None else _elastic_to_json(record.elastic),
         "by_weight": [name for name, layer in _structured(model) if layer.uses_weight],
         "origin": dict(origin or {}),
     }
+    base = Path(str(getattr(model, "name_or_path", "") or "")).name
+    card = model_card(record, target.name, base or None)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
-            write_files(model, target)
+            write_files(model, target, card)
             _write(target, INCOMING, tensors, plan_document)
             (target / INCOMING).replace(target / WEIGHTS)
         else:
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as room:
                 beside = Path(room) / "new"
                 beside.mkdir()
-                write_files(model, beside)
+                write_files(model, beside, card)
                 _write(beside, WEIGHTS, tensors, plan_document)
                 beside.rename(target)
     except OSError as error:
@@ -151,10 +159,25 @@ def load(
     for name, layer in _structured(model):
         layer.use_weight(isinstance(by_weight, list) and name in by_weight)
     elastic = _elastic_from_json(document, source)
-    source_sha256 = document["source_sha256"]
-    record = Record(plan, source_sha256, elastic=elastic, merged=merged, removed=removed)
-    attach_record(model, record)
+    record = Record(
+        plan, document["source_sha256"], elastic=elastic, merged=merged, removed=removed
+    )
+    attach_record(model, replace(record, **_history_of(document, source)))
     return model.eval()
+
+
+def read_record(directory: Pathlike) -> Record:
+    """What a saved model remembers of its making, without the model.
+
+    Raises CheckpointError for a directory that holds none, or a damaged one.
+    """
+    source = Path(directory)
+    document = read_plan_document(source)
+    try:
+        plan = Plan.from_json(document["plan"])
+    except PlanError as error:
+        raise CheckpointError(f"{source / PLAN}: {error}") from error
+    return Record(plan, document["source_sha256"], **_history_of(document, source))
 
 
 def check_target(directory: Pathlike, force: bool) -> None:
@@ -223,6 +246,23 @@ def _elastic_from_json(document: Mapping[str, Any], source: Path) -> Analysis | 
         raise CheckpointError(f"{source / PLAN}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{source / PLAN} is damaged: 'elastic': {error!r}") from error
+
+
+def _history_of(document: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """How a network was recovered and compared, and the plans that there were to choose from."""
+    kinds = {"recovery": Recovery, "comparison": Comparison}
+    found = {name: document.get(name) for name in (*kinds, "outlook")}
+    try:
+        history: dict[str, Any] = {
+            name: read(kind, found[name], name)
+            for name, kind in kinds.items()
+            if found[name] is not None
+        }
+        if found["outlook"] is not None:
+            history["outlook"] = Outlook.from_json(found["outlook"])
+    except PlanError as error:
+        raise CheckpointError(f"{source / PLAN} is damaged: {error}") from error
+    return history
 
 
 def _pairs_of(document: Mapping[str, Any], source: Path) -> tuple[Pair, ...]:

@@ -16,6 +16,7 @@ from rankfold.errors import BudgetError
 from rankfold.factorize import factorize
 from rankfold.measure import Metric, evaluate, in_fastest_memory_format, measure
 from rankfold.methods import Methods
+from rankfold.outlook import look_ahead
 from rankfold.plan import Plan
 from rankfold.products import choose_products
 from rankfold.progress import Progress, silent
@@ -90,10 +91,10 @@ def compress(
     (`merge_adjacent`), which is for a network that is not trained further.
 
     Layers of small tensors keep their whole weight where that is faster (`choose_products`). The
-    network is put in the memory format in which it runs faster, and compared with the
-    original, itself in its faster format, on `test` (by default `data`): what
-    `record_of(model).comparison` holds. All times are those of the `runtime`. The original is left
-    as it is.
+    network is put in the memory format in which it runs faster, and compared with the original,
+    itself in its faster format, on `test` (by default `data`): what `record_of(model).comparison`
+    holds; `outlook` beside it holds the plans for other budgets. All times are those of the
+    `runtime`. The original is left as it is.
     """
     budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
     given = [name for name, value in budgets.items() if value is not None]
@@ -163,7 +164,8 @@ def compress(
         plan, small = winner(contenders(analysis), planned, judge, held_out)
     else:
         plan, small = planned(analysis)
-    record = record_of(small)
+    outlook = look_ahead(analysis, overrides=overrides)
+    record = replace(record_of(small), outlook=outlook)
     small = in_fastest_memory_format(small, batch, forward, progress, runtime)
     if epochs > 0 and plan.factorized:
         training: dict[str, Any] = {

@@ -1,8 +1,9 @@
-"""Objects named on the command line: `package.module:name`, or a directory of transformers."""
+"""Objects named on the command line: `package.module:name`, models also as others name them."""
 
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,21 @@ from torch import nn
 from rankfold.batches import Data
 from rankfold.errors import CalibrationError, ModelError, RankfoldError
 from rankfold.pretrained import is_pretrained, load_pretrained, text_batches
+
+
+def _of_timm(name: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, pretrained=True).eval()
+
+
+def _of_torchvision(name: str) -> nn.Module:
+    from torchvision.models import get_model
+
+    return get_model(name, weights="DEFAULT").eval()
+
+
+_ZOOS: dict[str, Callable[[str], nn.Module]] = {"timm": _of_timm, "torchvision": _of_torchvision}
 
 
 def resolve(path: str, what: str) -> Any:
@@ -40,10 +56,14 @@ def resolve(path: str, what: str) -> Any:
 def resolve_model(path: str) -> nn.Module:
     """The module at the path, or what the factory there returns, or that of a directory.
 
-    A directory is one of a model of transformers (`rankfold.pretrained`). Raises ModelError.
+    A directory is one of a model of transformers (`rankfold.pretrained`). `timm:name` and
+    `torchvision:name` are the pretrained models of these packages. Raises ModelError.
     """
     if is_pretrained(path):
         return load_pretrained(path)
+    package, _, name = path.partition(":")
+    if package in _ZOOS:
+        return _made_by(partial(_ZOOS[package], name), path, ModelError)
     if ":" not in path and Path(path).is_dir():
         raise ModelError(f"{path} is a directory without the config.json of a model")
     found = resolve(path, "model")

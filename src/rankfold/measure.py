@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +33,7 @@ from rankfold.errors import CalibrationError, ModelError, RankfoldError
 from rankfold.layers import StructuredLinear
 from rankfold.progress import Progress, silent
 from rankfold.runtime import Runtime, caller
+from rankfold.tables import Shown
 
 Metric = Callable[[nn.Module, Data], float]  # higher is better
 
@@ -53,7 +53,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """Two networks measured in the same run, on the same inputs."""
 
     before: Measurement
@@ -95,12 +95,6 @@ class Comparison:
             change = f"{after.metric - before.metric:+.4f}"
             table.add_row("metric", f"{before.metric:.4f}", f"{after.metric:.4f}", change)
         return table
-
-    def __str__(self) -> str:
-        console = Console(width=88)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
 
 
 _ROWS = {

@@ -10,8 +10,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
 from rankfold.errors import PlanError
 from rankfold.methods import METHODS, Method, Moments, Rank
+from rankfold.tables import Shown, shortened
 
 FORMAT_VERSION = 1
 
@@ -53,7 +59,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """One entry per layer with weights, and the cost of the whole network before and after."""
 
     layers: tuple[LayerPlan, ...]
@@ -73,6 +79,40 @@ class Plan:
     def loss(self) -> float:
         """The sum of the predicted losses, in the unit of the metric."""
         return sum(layer.loss for layer in self.layers)
+
+    def __rich__(self) -> Table:
+        request = ", ".join(f"{name} {value}" for name, value in self.request.items())
+        table = Table(title=f"plan: {request}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("layer", overflow="fold")
+        for column in ("parameters", "MACs", "method", "rank", "loss", "kept"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for layer in self.layers:
+            table.add_row(
+                escape(layer.name) or "(the model)",
+                shortened(layer.before.parameters),
+                shortened(layer.before.macs),
+                layer.method or "-",
+                "x".join(map(str, layer.rank or ())),
+                f"{layer.loss:.3g}" if layer.method else "",
+                _kept(layer.before, layer.after) if layer.method else "",
+            )
+        table.add_section()
+        table.add_row(
+            f"{len(self.factorized)} of {len(self.layers)} layers",
+            shortened(self.before.parameters),
+            shortened(self.before.macs),
+            "",
+            "",
+            f"{self.loss:.3g}",
+            _kept(self.before, self.after),
+        )
+        reasons: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.reason:
+                reasons.setdefault(layer.reason, []).append(layer.name)
+        lines = [f"dense: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        table.caption = Text("\n".join(["kept: parameters / MACs", *lines]), justify="left")
+        return table
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON primitives."""
@@ -132,6 +172,12 @@ class Plan:
                 return Plan.from_json(json.load(file))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise PlanError(f"{path}: {error}") from error
+
+
+def _kept(before: Cost, after: Cost) -> str:
+    """Parameters and MACs that are left, in percent."""
+    pairs = ((before.parameters, after.parameters), (before.macs, after.macs))
+    return " / ".join(f"{100 * b / a:.0f} %" if a else "-" for a, b in pairs)
 
 
 def _take(document: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from rankfold.errors import CalibrationError, ModelError
 
 Pathlike = str | os.PathLike[str]
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
 _TOKENIZER_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".bpe"}
 _NO_TOKENIZER = {CONFIG, GENERATION, "plan.json"}
 
@@ -66,20 +66,26 @@ def build_pretrained(directory: Pathlike) -> nn.Module:
         raise ModelError(f"{directory}: {type(error).__name__}: {_first_line(error)}") from error
 
 
-def write_files(model: nn.Module, directory: Pathlike) -> None:
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether it is a model of transformers."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def write_files(model: nn.Module, directory: Pathlike, card: str) -> None:
     """Write what else than weights belongs to a model of transformers; nothing for other models.
 
-    That is its configuration, that of its `generate`, and the files of the tokenizer that are in
-    the directory that it came from. Each file is replaced at once.
+    That is its configuration, that of its `generate`, its card, and the files of the tokenizer that
+    are in the directory that it came from. Each file is replaced at once.
     """
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+    if not is_of_transformers(model):
         return
     target = Path(directory)
-    about: Any = copy.deepcopy(model.config)
-    about.architectures, about.dtype = [type(model).__name__], model.dtype
+    about: Any = copy.deepcopy(cast(Any, model).config)
+    about.architectures, about.dtype = [type(model).__name__], cast(Any, model).dtype
     _replace(target / CONFIG, about.to_json_string())
-    generation = getattr(model, "generation_config", None)
+    _replace(target / CARD, card)
+    generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         _replace(target / GENERATION, generation.to_json_string())
     source = Path(str(getattr(model, "name_or_path", "") or ""))

@@ -9,6 +9,7 @@ from rankfold.errors import PlanError
 from rankfold.measure import Comparison
 from rankfold.merging import Pair
 from rankfold.narrowing import Removal
+from rankfold.outlook import Outlook
 from rankfold.plan import Plan
 from rankfold.recover import Recovery
 
@@ -23,6 +24,7 @@ class Record:
     source_sha256: str  # of the weights that were factorized
     recovery: Recovery | None = None
     comparison: Comparison | None = None
+    outlook: Outlook | None = None  # the plans that could have been made
     elastic: Analysis | None = None  # the ranks that it can be sliced to (rankfold.elastic)
     merged: tuple[Pair, ...] = ()  # modules that are one, by name, in turn (rankfold.deployment)
     removed: tuple[Removal, ...] = ()  # what was taken out, in turn (rankfold.sparsity)

@@ -6,8 +6,9 @@ What is fast in one is not always fast in another, so times are taken in the one
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,21 +20,25 @@ from torch.utils import _pytree
 from rankfold.batches import Forward, device_of, run_or_explain, running
 from rankfold.errors import DeviceError, ModelError
 
-Runtime = Literal["eager", "compile", "onnxruntime"]
+Runtime = Literal["eager", "compile", "onnxruntime", "openvino"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+_PACKAGES = {
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
+_EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 
 
 def check_runtime(runtime: str) -> None:
     """Raise DeviceError unless there is such a runtime and what it needs is installed."""
     if runtime not in RUNTIMES:
         raise DeviceError(f"no runtime '{runtime}'; there are {', '.join(RUNTIMES)}")
-    missing = [
-        name
-        for name in ("onnx", "onnxscript", "onnxruntime")
-        if runtime == "onnxruntime" and find_spec(name) is None
-    ]
+    missing = [name for name in _PACKAGES.get(runtime, ()) if find_spec(name) is None]
     if missing:
-        raise DeviceError(f"the runtime needs {', '.join(missing)}: pip install 'rankfold[onnx]'")
+        raise DeviceError(
+            f"the runtime {runtime} needs {', '.join(missing)}: "
+            f"pip install 'rankfold[{_EXTRAS[runtime]}]'"
+        )
 
 
 def version_of(runtime: Runtime) -> str:
@@ -42,6 +47,10 @@ def version_of(runtime: Runtime) -> str:
         import onnxruntime  # type: ignore[import-untyped]
 
         return f"onnxruntime {onnxruntime.__version__}, threads rest between runs"
+    if runtime == "openvino":
+        import openvino
+
+        return f"openvino {openvino.__version__}"
     return f"torch {torch.__version__}, {runtime}"
 
 
@@ -63,7 +72,7 @@ def prepare(model: nn.Module, batch: Any, forward: Forward, runtime: Runtime) ->
                 compiled: Any = torch.compile(model, dynamic=False)
                 run_or_explain(forward, compiled, batch, 0)  # compiles
                 return compiled
-            return _exported(model, batch, forward)
+            return _exported(model, batch, forward, runtime)
         except ModelError:
             raise
         except Exception as error:
@@ -71,41 +80,36 @@ def prepare(model: nn.Module, batch: Any, forward: Forward, runtime: Runtime) ->
             raise ModelError(f"the model cannot be run by {runtime}: {line:.200}") from error
 
 
-def _exported(model: nn.Module, batch: Any, forward: Forward) -> nn.Module:
+def _exported(model: nn.Module, batch: Any, forward: Forward, runtime: Runtime) -> nn.Module:
     if device_of(model).type != "cpu":
-        raise DeviceError("the runtime onnxruntime is for models on the CPU")
-    args, kwargs, output = _call_of(model, batch, forward)
-    _, structure = _pytree.tree_flatten(output)
-    with warnings.catch_warnings(), _quiet("torch.onnx"), tempfile.TemporaryDirectory() as folder:
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, verbose=False)
-        assert program is not None
+        raise DeviceError(f"the runtime {runtime} is for models on the CPU")
+    call = call_of(model, batch, forward)
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        program.save(path)
-        return _OnnxNetwork(path, structure)
+        write_onnx(model, call, path)
+        if runtime == "openvino":
+            return OpenVinoNetwork(path, call.structure)
+        return OnnxNetwork(path, call.structure)
 
 
-@contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """The exporter logs what is not installed and not needed."""
-    log = logging.getLogger(logger)
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
+@dataclass(frozen=True)
+class Call:
+    """How a model is called for a batch, and how its outputs are nested."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    structure: Any
 
 
-def _call_of(model: nn.Module, batch: Any, forward: Forward) -> tuple[tuple[Any, ...], Any, Any]:
-    """The arguments that `forward` calls the model with, and what comes back."""
+def call_of(model: nn.Module, batch: Any, forward: Forward) -> Call:
+    """What `forward` calls the model with; raises ModelError if it does so never or again."""
     seen: list[tuple[Any, Any]] = []
+    outputs: list[Any] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args, kwargs))
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    outputs: list[Any] = []
     after = model.register_forward_hook(lambda m, a, output: outputs.append(output))
     try:
         run_or_explain(forward, model, batch, 0)
@@ -114,16 +118,74 @@ def _call_of(model: nn.Module, batch: Any, forward: Forward) -> tuple[tuple[Any,
         after.remove()
     if len(seen) != 1:
         raise ModelError(f"forward calls the model {len(seen)} times for a batch, not once")
-    return *seen[0], outputs[0]
+    return Call(*seen[0], _pytree.tree_flatten(outputs[0])[1])
 
 
-class _OnnxNetwork(nn.Module):
+def write_onnx(model: nn.Module, call: Call, path: Path, dynamic: Any = None) -> None:
+    """By torch's exporter through `torch.export`; `dynamic` are its dynamic shapes."""
+    with warnings.catch_warnings(), _quiet("torch.onnx"):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            call.args,
+            kwargs=call.kwargs,
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=dynamic,
+        )
+        assert program is not None
+        program.save(path)
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """The exporter logs what is not installed and not needed."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+class _FileNetwork(nn.Module):
+    """A file run by another runtime, called as the model that it was made from."""
+
+    def __init__(self, structure: Any) -> None:
+        super().__init__()
+        self.structure = structure
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        arrays = [tensor.detach().contiguous().numpy() for tensor in given]
+        found = [torch.from_numpy(array) for array in self.infer(arrays)]
+        return _pytree.tree_unflatten(found, self.structure)
+
+    def infer(self, arrays: list[Any]) -> Iterable[Any]:
+        """Outputs in the order in which the file has them."""
+        raise NotImplementedError
+
+
+class ProgramNetwork(nn.Module):
+    """A file of `torch.export`."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        # Out of sight of torch: a program has no training mode to be put in.
+        self._program = [torch.export.load(file).module()]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._program[0](*args, **kwargs)
+
+
+class OnnxNetwork(_FileNetwork):
     """An ONNX file run by ONNX Runtime, with as many threads as torch has."""
 
     def __init__(self, file: Path, structure: Any) -> None:
         import onnxruntime
 
-        super().__init__()
+        super().__init__(structure)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
@@ -134,16 +196,29 @@ class _OnnxNetwork(nn.Module):
             file, options, providers=["CPUExecutionProvider"]
         )
         self.names = [given.name for given in self.session.get_inputs()]
-        self.structure = structure
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        feed = {
-            name: tensor.detach().contiguous().numpy()
-            for name, tensor in zip(self.names, given, strict=True)
+    def infer(self, arrays: list[Any]) -> Iterable[Any]:
+        return self.session.run(None, dict(zip(self.names, arrays, strict=True)))
+
+
+class OpenVinoNetwork(_FileNetwork):
+    """An ONNX or OpenVINO file run by OpenVINO on the CPU, with as many threads as torch has."""
+
+    def __init__(self, file: Path, structure: Any) -> None:
+        import openvino
+
+        super().__init__(structure)
+        settings = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",  # as in every other runtime
         }
-        found = [torch.from_numpy(array) for array in self.session.run(None, feed)]
-        return _pytree.tree_unflatten(found, self.structure)
+        core = openvino.Core()
+        self.compiled = core.compile_model(core.read_model(file), "CPU", settings)
+
+    def infer(self, arrays: list[Any]) -> Iterable[Any]:
+        found = self.compiled(arrays)
+        return [found[place] for place in range(len(self.compiled.outputs))]
 
 
 def caller(model: nn.Module, batch: Any, forward: Forward, runtime: Runtime) -> Callable[[], Any]:

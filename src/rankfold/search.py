@@ -32,6 +32,7 @@ from rankfold.factorize import factorize
 from rankfold.measure import Metric, evaluate, latencies, output_error, with_memory_format
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
+from rankfold.record import attach_record, record_of
 from rankfold.replacement import put_in_place
 from rankfold.runtime import Runtime, caller
 from rankfold.unfusing import unfuse
@@ -111,9 +112,11 @@ def plan_to_latency(
             {"latency": best.share},
         )
     best = _put_back(model, best, batch, forward, analysis.timing, progress)
+    plan = replace(best.plan, request={**best.plan.request, "latency": latency})
     if best.share >= 1:
-        return _dense_plan(model, best.plan, "nothing that was tried was faster")
-    return best
+        return _dense_plan(model, plan, "nothing that was tried was faster")
+    attach_record(best.model, replace(record_of(best.model), plan=plan))
+    return replace(best, plan=plan)
 
 
 def _next_aim(shares: Mapping[float, float], last: float, target: float) -> float:

@@ -7,6 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from rankfold.analysis.candidates import AnalysedLayer
 from rankfold.analysis.correction import Check, agreement
@@ -27,6 +31,7 @@ from rankfold.errors import BudgetError
 from rankfold.methods import Moments, Spectrum
 from rankfold.plan import Cost, Plan
 from rankfold.ranks import energy_rank, evbmf_rank
+from rankfold.tables import Shown, shortened
 
 _NO_OVERRIDES = Overrides()
 
@@ -51,7 +56,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Analysis:
+class Analysis(Shown):
     """All that plans are made from: every layer with its candidates, and the network's costs."""
 
     layers: tuple[AnalysedLayer, ...]
@@ -63,6 +68,42 @@ class Analysis:
     checks: tuple[Check, ...] = ()  # single layers replaced: predicted and measured
     trials: tuple[Trial, ...] = ()  # whole plans, in the metrics that competed
     timing: NetworkTiming | None = None
+
+    def __rich__(self) -> Table:
+        table = Table(title="analysis", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("layer", overflow="fold")
+        for column in ("parameters", "MACs", *(["time"] if self.timing else [])):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("methods, or why none", overflow="fold")
+        for layer in self.layers:
+            cheaper = {candidate.method for candidate in layer.candidates}
+            found = [name for name in layer.methods if name in cheaper]
+            why = escape(layer.reason or "no rank is cheaper than the dense layer")
+            time = "" if layer.timing is None else f"{layer.timing.dense_ms:.3g} ms"
+            table.add_row(
+                escape(layer.name) or "(the model)",
+                shortened(layer.parameters),
+                shortened(layer.macs / self.batch_size),
+                *([time] if self.timing else []),
+                ", ".join(found) or why,
+            )
+        table.caption = Text("\n".join(self.trust()), justify="left")
+        return table
+
+    def trust(self) -> list[str]:
+        """How well predictions agreed with what was measured, in lines of text."""
+        lines = [f"metric: {self.metric}"]
+        for trial in self.trials:
+            lines.append(
+                f"  {trial.metric}, {100 * trial.macs:.0f} % of MACs: loss predicted "
+                f"{trial.predicted:.3g}, measured {trial.measured:.3g}"
+            )
+        if self.checks:
+            lines.append(
+                f"  {len(self.checks)} layers replaced one by one: rank correlation of predicted "
+                f"and measured loss {self.agreement:.2f}"
+            )
+        return lines
 
     @property
     def moments(self) -> dict[str, Moments]:

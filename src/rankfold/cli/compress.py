@@ -1,0 +1,210 @@
+"""`rankfold compress`."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from rankfold import processes
+from rankfold.analysis import Overrides
+from rankfold.batches import Data, Forward, device_of, first_batches, tensors_of
+from rankfold.checkpoint import check_target, load, save
+from rankfold.cli.console import print_json, progress
+from rankfold.cli.inputs import load_functions, load_inputs, prepare
+from rankfold.cli.options import (
+    DISTANCES,
+    DataPath,
+    Device,
+    DistanceName,
+    Energy,
+    Epochs,
+    Evbmf,
+    Force,
+    ForwardPath,
+    Fraction,
+    Json,
+    Keep,
+    Latency,
+    Layers,
+    LossMetric,
+    Macs,
+    Memory,
+    MethodNames,
+    MetricPath,
+    ModelPath,
+    Out,
+    Params,
+    RuntimeName,
+    Seed,
+    TestPath,
+    TextPath,
+    Threads,
+)
+from rankfold.cli.recipe import Config, SaveRecipe, write_recipe
+from rankfold.cli.report import REPORT
+from rankfold.compress import compress as compress_model
+from rankfold.errors import CheckpointError
+from rankfold.imports import resolve_function
+from rankfold.measure import evaluate as measure_metric
+from rankfold.pretrained import is_pretrained
+from rankfold.record import record_of
+from rankfold.recover import Precision, Schedule
+from rankfold.report import write_report
+
+
+def compress(
+    context: typer.Context,
+    model: ModelPath,
+    out: Out,
+    data: DataPath = None,
+    text: TextPath = None,
+    test: TestPath = None,
+    metric: MetricPath = None,
+    forward: ForwardPath = None,
+    loss: Annotated[
+        str | None,
+        typer.Option("--loss", help="Import path of loss(output, label): recover on labels."),
+    ] = None,
+    params: Params = None,
+    macs: Macs = None,
+    memory: Memory = None,
+    latency: Latency = None,
+    energy: Energy = None,
+    fraction: Fraction = None,
+    evbmf: Evbmf = False,
+    layers: Layers = None,
+    keep: Keep = None,
+    methods: MethodNames = None,
+    loss_metric: LossMetric = "auto",
+    runtime: RuntimeName = "eager",
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", help="Fewest MACs that lose so much of the metric at most."),
+    ] = None,
+    contest: Annotated[
+        bool,
+        typer.Option("--contest", help="Let the metric choose between plans of one method or all."),
+    ] = False,
+    epochs: Epochs = 5,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", help="Of recovery, the greatest.")
+    ] = 3e-4,
+    schedule: Annotated[
+        Schedule, typer.Option("--schedule", help="Of the learning rate.")
+    ] = "cosine",
+    distance: Annotated[
+        DistanceName, typer.Option("--distance", help="Of outputs from the original's.")
+    ] = DistanceName.squared,
+    accumulation: Annotated[
+        int, typer.Option("--accumulation", min=1, help="Batches of one step of recovery.")
+    ] = 1,
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="Of the forward pass in recovery.")
+    ] = "float32",
+    tensorboard: Annotated[
+        Path | None, typer.Option("--tensorboard", help="Directory for what recovery logs.")
+    ] = None,
+    elastic: Annotated[
+        float | None,
+        typer.Option("--elastic", help="A smaller budget that `rankfold slice` can cut down to."),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Fold batch norms, multiply adjacent linear layers.")
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+    force: Force = False,
+    config: Config = None,
+    save_recipe: SaveRecipe = None,
+) -> None:
+    """Analyze, plan, factorize, recover, save; then load what was saved and measure that.
+
+    Interrupted in recovery, the same command goes on from the last finished epoch.
+    """
+    if save_recipe is not None:
+        write_recipe(context, save_recipe)
+    check_target(out, force)
+    place = prepare(device, threads, seed)
+    network, batches, judged = load_inputs(model, data, text, test, place)
+    run_forward, measured = load_functions(forward, metric)
+    training_state = out.absolute().with_name(out.absolute().name + ".recovery.pt")
+    small = compress_model(
+        network,
+        batches,
+        params=params,
+        macs=macs,
+        memory=memory,
+        latency=latency,
+        max_drop=max_drop,
+        contest=contest,
+        energy=energy,
+        fraction=fraction,
+        evbmf=evbmf,
+        layers=layers or "*",
+        methods=methods or None,
+        overrides=Overrides(keep=keep or ()),
+        loss_metric=loss_metric,
+        runtime=runtime,
+        forward=run_forward,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        distance=DISTANCES[distance],
+        accumulation=accumulation,
+        precision=precision,
+        tensorboard=tensorboard,
+        loss_fn=resolve_function(loss, "loss") if loss else None,
+        checkpoint=training_state,
+        elastic=elastic,
+        merge=merge,
+        test=judged,
+        metric=measured,
+        seed=seed,
+        progress=progress,
+    )
+    place_of_model = str(Path(model).absolute()) if is_pretrained(model) else model
+    names = {"model": place_of_model, "data": data, "test": test, "metric": metric}
+    names |= {"forward": forward, "text": str(Path(text).absolute()) if text else None}
+    origin = {key: name for key, name in names.items() if name}
+    save(small, out, force=force, origin=origin)
+    if not processes.leave():
+        return
+    training_state.unlink(missing_ok=True)
+    comparison = record_of(small).comparison
+    assert comparison is not None
+    loaded = load(out, network)
+    verify(small, loaded, run_forward, judged)
+    again = measure_metric(measured, loaded, judged) if measured else None
+    if again != comparison.after.metric:
+        raise CheckpointError(
+            f"the saved model, loaded again, has metric {again}, not {comparison.after.metric}"
+        )
+    has_report = find_spec("plotly") is not None
+    if has_report:
+        write_report(record_of(small), out / REPORT, title=out.name, origin=origin)
+    if as_json:
+        print_json(comparison, out=str(out))
+        return
+    console = Console()
+    console.print(record_of(small).plan, comparison)
+    if has_report:
+        console.print(f"report: {out / REPORT}")
+    if comparison.speedup < 1:
+        console.print("[bold]No faster:[/] fewer MACs did not buy time here; keep the original.")
+    found = "" if again is None else f" (metric {again:.4f})"
+    console.print(f"saved to {out}; loaded again it gives the same outputs{found}")
+
+
+def verify(saved: nn.Module, loaded: nn.Module, forward: Forward, judged: Data) -> None:
+    """Raise CheckpointError unless the loaded network gives what the saved one does, to the bit."""
+    batch = next(first_batches(judged, 1, device_of(saved)))
+    with torch.no_grad():
+        outputs = [list(tensors_of(forward(network, batch))) for network in (saved, loaded)]
+    if not all(torch.equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True)):
+        raise CheckpointError("the saved model, loaded again, does not give the same outputs")

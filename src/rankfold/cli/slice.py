@@ -1,0 +1,65 @@
+"""`rankfold slice`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rankfold.batches import device_of, first_batches
+from rankfold.checkpoint import check_target, load, read_plan_document, save
+from rankfold.cli.options import Force, Json, Latency, Macs, Memory, Out, Params
+from rankfold.deployment import merge_adjacent
+from rankfold.elastic import slice_to
+from rankfold.errors import BudgetError, CheckpointError
+from rankfold.imports import resolve_data, resolve_model
+from rankfold.record import record_of
+
+
+def slice_model(
+    directory: Annotated[Path, typer.Argument(help="A saved model, of compress --elastic.")],
+    out: Out,
+    params: Params = None,
+    macs: Macs = None,
+    memory: Memory = None,
+    latency: Latency = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="As for compress (default: what was used then).")
+    ] = None,
+    merge_with: Annotated[
+        str | None,
+        typer.Option("--merge", help="Import path of batches to find what can be merged."),
+    ] = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Cut a smaller network out of an elastic one, at once and without data.
+
+    The import path of the model that is remembered in the directory is used again, as by evaluate.
+    """
+    check_target(out, force)
+    document = read_plan_document(directory)
+    origin = document["origin"]
+    model = model or origin.get("model")
+    if not isinstance(model, str):
+        raise CheckpointError(f"{directory} does not say its model: give --model")
+    asked = {"params": params, "macs": macs, "memory": memory, "latency": latency}
+    budget = {name: value for name, value in asked.items() if value is not None}
+    if not budget:
+        raise BudgetError("say what to slice to: --params, --macs, --memory or --latency")
+    network = resolve_model(model).eval()
+    small = slice_to(load(directory, network), **budget)
+    if merge_with is not None:
+        batch = next(first_batches(resolve_data(merge_with), 1, device_of(small)))
+        small = merge_adjacent(small, batch)
+    save(small, out, force=force, origin={**origin, "model": model})
+    plan = record_of(small).plan
+    if as_json:
+        json.dump({"out": str(out), "plan": plan.to_json()}, sys.stdout, indent=1)
+        sys.stdout.write("\n")
+        return
+    console = Console()
+    console.print(plan)
+    console.print(f"saved to {out}")

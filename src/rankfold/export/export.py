@@ -1,0 +1,255 @@
+"""A network written for ONNX Runtime, OpenVINO or `torch.export`, and the file tried."""
+
+import copy
+import inspect
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.table import Table
+from torch import nn
+from torch.utils import _pytree
+
+from rankfold.batches import Data, Forward, batch_size, device_of, map_tensors, run, running
+from rankfold.deployment import fold_batch_norms
+from rankfold.errors import CheckpointError, ModelError, RankfoldError
+from rankfold.measure import Metric, evaluate, latencies, output_error
+from rankfold.runtime import (
+    Call,
+    OnnxNetwork,
+    OpenVinoNetwork,
+    ProgramNetwork,
+    call_of,
+    check_runtime,
+    version_of,
+    write_onnx,
+)
+from rankfold.tables import Shown
+
+Format = Literal["onnx", "openvino", "torch"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+_RUNTIMES: dict[str, Literal["onnxruntime", "openvino", "eager"]] = {
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "torch": "eager",
+}
+_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+_CLOSE = 1e-3  # relative norm of the outputs' difference: what other kernels may round otherwise
+Axes = Literal["batch", "all"]
+
+
+@dataclass(frozen=True)
+class Exported(Shown):
+    """A file, and how it did in its runtime beside the network that it was made from."""
+
+    path: Path
+    runtime: str  # and its version
+    file_bytes: int  # of all files
+    dynamic: tuple[str, ...]  # "batch", "size": what was run at another size and gave the same
+    output_error: float  # norm of the outputs' difference over that of the network's
+    before_ms: float  # of one batch, by torch
+    after_ms: float
+    metric: tuple[float, float] | None  # by torch, and by the file
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.path} in {self.runtime}")
+        for column in ("", "torch", "file"):
+            table.add_column(column, justify="right" if column else "left")
+        table.add_row("latency per batch", f"{self.before_ms:.4g} ms", f"{self.after_ms:.4g} ms")
+        if self.metric is not None:
+            table.add_row("metric", *(f"{value:.4f}" for value in self.metric))
+        table.add_row("output error", "", f"{self.output_error:.2g}")
+        table.add_row("size of the file", "", f"{self.file_bytes / 1e6:.2f} MB")
+        table.add_row("other sizes that it takes", "", ", ".join(self.dynamic) or "none")
+        return table
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example: Any,
+    *,
+    to: Format | None = None,
+    dynamic: Axes | None = "batch",
+    fold: bool = True,
+    data: Data | None = None,
+    metric: Metric | None = None,
+    forward: Forward = run,
+) -> Exported:
+    """Write a network to a file, run that in its runtime, and compare.
+
+    `to` is "onnx" (ONNX Runtime), "openvino" (by way of ONNX) or "torch" (`torch.export`, a .pt2);
+    by default what the suffix of the path says. The file needs no rankfold. `example` is one batch
+    (see `rankfold.batches`). With `dynamic` the first axis of the inputs may have other lengths
+    than there ("batch"), or every axis ("all"), as far as the model allows: what it does not, is
+    exported at the sizes of the example; what does, the file is run with to see. Batch norms are
+    folded first (`fold`). With `metric` it is evaluated on `data` by torch and by the file.
+
+    The model is left as it is. Raises CheckpointError for a file that cannot be written, ModelError
+    for a model that cannot be exported or a file that gives other outputs, DeviceError for a
+    runtime that is not installed.
+    """
+    target = Path(path)
+    kind = to or _format_of(target)
+    runtime = _RUNTIMES[kind]
+    check_runtime(runtime)
+    if metric is not None and data is None:
+        raise RankfoldError("a metric is evaluated on data: give data")
+    network = copy.deepcopy(model).cpu().eval()
+    batch = map_tensors(example, lambda tensor: tensor.cpu())
+    if fold:
+        network = fold_batch_norms(network, batch, forward=forward).eval()
+    with running(network), torch.no_grad():
+        structure = _write(network, batch, forward, target, kind, dynamic)
+        file = _load(target, kind, structure)
+        expected, found = forward(network, batch), forward(file, batch)
+        error = output_error(expected, found)
+        if not error <= _CLOSE:
+            raise ModelError(f"{target} gives other outputs than the model: by {error:.2g}")
+        others = _other_sizes(network, file, batch, forward, dynamic)
+        before, after = latencies(
+            [partial(forward, one, batch) for one in (network, file)], device_of(network)
+        )
+        scores = None
+        if metric is not None and data is not None:
+            scores = evaluate(metric, network, data), evaluate(metric, file, data)
+    size = sum(one.stat().st_size for one in _files_of(target))
+    name = f"torch {torch.__version__}" if kind == "torch" else version_of(runtime).split(",")[0]
+    return Exported(target, name, size, others, error, before, after, scores)
+
+
+def _format_of(path: Path) -> Format:
+    for kind in FORMATS:
+        if path.suffix == _SUFFIXES[kind]:
+            return kind
+    known = ", ".join(f"{_SUFFIXES[kind]} ({kind})" for kind in FORMATS)
+    raise RankfoldError(f"'{path}' does not tell the format: end it in {known}, or give to=")
+
+
+def _write(
+    network: nn.Module, batch: Any, forward: Forward, target: Path, kind: Format, axes: Axes | None
+) -> Any:
+    """With as many dynamic axes as the model allows, of those asked for; the outputs' nesting."""
+    wanted: dict[Axes | None, tuple[Axes | None, ...]] = {
+        "all": ("all", "batch", None),
+        "batch": ("batch", None),
+        None: (None,),
+    }
+    reason: Exception | None = None
+    for some in wanted[axes]:
+        try:
+            call = call_of(network, _example(batch, some), forward)
+            _write_with(network, call, target, kind, some)
+        except OSError as error:
+            message = f"{target} cannot be written: {error.strerror or error}"
+            raise CheckpointError(message) from error
+        except Exception as error:
+            reason = error
+        else:
+            return call.structure
+    line = (str(reason) or type(reason).__name__).strip().splitlines()[0]
+    raise ModelError(f"the model cannot be exported: {line:.300}") from reason
+
+
+def _example(batch: Any, axes: Axes | None) -> Any:
+    """Of two samples at least: an axis of length 1 would be taken for one that broadcasts."""
+    size = batch_size(batch)
+    if axes is None or size != 1:
+        return batch
+    return map_tensors(batch, partial(_more_samples, size=size))
+
+
+def _write_with(
+    network: nn.Module, call: Call, target: Path, kind: Format, axes: Axes | None
+) -> None:
+    shapes = None if axes is None else _dynamic_shapes(network, call, axes)
+    if kind == "torch":
+        program = torch.export.export(network, call.args, call.kwargs, dynamic_shapes=shapes)
+        torch.export.save(program, target)
+        return
+    if kind == "onnx":
+        write_onnx(network, call, target, shapes)
+        return
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder, "model.onnx")
+        write_onnx(network, call, onnx, shapes)
+        openvino.save_model(openvino.convert_model(onnx), target, compress_to_fp16=False)
+
+
+def _dynamic_shapes(network: nn.Module, call: Call, axes: Axes) -> dict[str, Any]:
+    """By parameter of the forward, which axes of a tensor may have other lengths.
+
+    The exporter finds out which of them really can.
+    """
+
+    def of(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
+            return None
+        count = tensor.dim() if axes == "all" else 1
+        return dict.fromkeys(range(count), torch.export.Dim.AUTO)
+
+    args, kwargs = _pytree.tree_map(of, call.args), _pytree.tree_map(of, call.kwargs)
+    return dict(inspect.signature(network.forward).bind(*args, **kwargs).arguments)
+
+
+def _load(target: Path, kind: Format, structure: Any) -> nn.Module:
+    if kind == "torch":
+        return ProgramNetwork(target)
+    if kind == "openvino":
+        return OpenVinoNetwork(target, structure)
+    return OnnxNetwork(target, structure)
+
+
+def _other_sizes(
+    network: nn.Module, file: nn.Module, batch: Any, forward: Forward, dynamic: Axes | None
+) -> tuple[str, ...]:
+    """What of the inputs may be longer or shorter: tried."""
+    tries: list[tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = []
+    size = batch_size(batch)
+    if dynamic is not None:
+        tries.append(("batch", partial(_more_samples, size=size)))
+    if dynamic == "all":
+        tries.append(("size", _larger))
+    return tuple(name for name, change in tries if _agree(network, file, batch, forward, change))
+
+
+def _more_samples(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    if tensor.dim() == 0 or tensor.shape[0] != size:
+        return tensor
+    return torch.cat([tensor, tensor[:1]])
+
+
+def _larger(tensor: torch.Tensor) -> torch.Tensor:
+    """Twice as long along the last axes of pictures, sounds and sequences."""
+    first = {2: 1, 3: 2, 4: 2, 5: 2}.get(tensor.dim(), tensor.dim())
+    for axis in range(first, tensor.dim()):
+        tensor = torch.cat([tensor, tensor], axis)
+    return tensor
+
+
+def _agree(
+    network: nn.Module,
+    file: nn.Module,
+    batch: Any,
+    forward: Forward,
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> bool:
+    """Whether the file takes what the network takes, and gives the same."""
+    changed = map_tensors(batch, change)
+    try:
+        return output_error(forward(network, changed), forward(file, changed)) <= _CLOSE
+    except Exception:
+        return False
+
+
+def _files_of(target: Path) -> Sequence[Path]:
+    """The file, and those with its weights beside it."""
+    names = (target, target.with_suffix(".bin"), target.with_name(target.name + ".data"))
+    return [path for path in names if path.is_file()]
