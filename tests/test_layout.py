@@ -1,6 +1,8 @@
 """Dependencies point one way: each floor imports only the floors below it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,13 @@ def test_imports_point_down(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rankfold."):
             imported = node.module.split(".")[1]
             assert imported == unit or HEIGHT[imported] <= HEIGHT[unit], (unit, imported)
+
+
+def test_importing_takes_little_more_than_torch() -> None:
+    """What is slow to import and seldom needed is imported when it is."""
+    code = "import sys, rankfold; print(*sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    loaded = set(told.stdout.split())
+    slow = {"accelerate", "dask", "matplotlib", "onnx", "onnxruntime", "plotly", "transformers"}
+    slow |= {"scipy.interpolate", "scipy.optimize", "scipy.stats", "rankfold.cli", "typer"}
+    assert "rankfold.compress" in loaded and not slow & loaded

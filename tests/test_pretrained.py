@@ -274,3 +274,29 @@ def test_a_saved_network_that_names_no_other_needs_like(tmp_path) -> None:
     rankfold.save(rankfold.factorize(model, plan), tmp_path / "small")
     with pytest.raises(CheckpointError, match="like="):
         rankfold.load(tmp_path / "small")
+
+
+def test_adapters_of_peft_go_onto_factors() -> None:
+    peft = pytest.importorskip("peft")
+    model, data = bert(), batches()
+    plan = rankfold.analyze(model, data, metric="weight").plan(params=0.8)
+    small = rankfold.factorize(model, plan)
+    factors = [
+        f"{entry.name}.{place}" for entry in plan.factorized for place in (0, 1) if not entry.tied
+    ]
+    factors = [name for name in factors if isinstance(small.get_submodule(name), nn.Linear)]
+    with torch.no_grad():
+        expected = small(**data[0])[0]
+    adapted = peft.get_peft_model(small, peft.LoraConfig(r=2, target_modules=factors))
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**data[0])[0], expected)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(factors) > 0 and all("lora" in name for name in trained)
+    adapted(**data[0])[0].square().mean().backward()
+    optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        tuned = adapted.eval()(**data[0])[0]
+        assert not torch.allclose(tuned, expected)
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(**data[0])[0], tuned, rtol=1e-4, atol=1e-5)

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+import scipy
 
 from rankfold.errors import BudgetError, RankfoldError
 
@@ -51,19 +50,19 @@ def choose_by_solver(
     group = np.repeat(np.arange(len(kept)), [len(indices) for indices in kept])
     loss = np.concatenate([losses[g][indices] for g, indices in enumerate(kept)])
     cost = np.concatenate([scaled[g][indices] for g, indices in enumerate(kept)])
-    one_each = csr_array(
+    one_each = scipy.sparse.csr_array(
         (np.ones(len(group)), (group, np.arange(len(group)))), shape=(len(kept), len(group))
     )
     constraints = [
-        LinearConstraint(one_each, 1, 1),
-        LinearConstraint(cost.T, -np.inf, limit / unit),
+        scipy.optimize.LinearConstraint(one_each, 1, 1),
+        scipy.optimize.LinearConstraint(cost.T, -np.inf, limit / unit),
     ]
     for _ in range(_MOST_FORBIDDEN):
-        solution = milp(
+        solution = scipy.optimize.milp(
             loss / (loss.max() or 1.0) * _UNIT,
             constraints=constraints,
             integrality=np.ones(len(group)),
-            bounds=Bounds(0, 1),
+            bounds=scipy.optimize.Bounds(0, 1),
             options={"mip_rel_gap": 1e-9},
         )
         if solution.status == 2:
@@ -77,7 +76,7 @@ def choose_by_solver(
         forbidden = np.zeros(len(group))
         for g, pick in enumerate(picked):
             forbidden[np.flatnonzero(group == g)[pick]] = 1
-        constraints.append(LinearConstraint(forbidden, -np.inf, len(kept) - 1))
+        constraints.append(scipy.optimize.LinearConstraint(forbidden, -np.inf, len(kept) - 1))
     raise BudgetError("no choice of candidates meets the budget")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import spearmanr
+import scipy
 
 from rankfold.analysis.candidates import Candidate
 from rankfold.knapsack import undominated
@@ -97,4 +97,4 @@ def agreement(checks: Sequence[Check]) -> float:
     if len(checks) < 3:
         return math.nan
     predicted = [check.predicted for check in checks]
-    return float(spearmanr(predicted, [check.measured for check in checks]).statistic)
+    return float(scipy.stats.spearmanr(predicted, [check.measured for check in checks]).statistic)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy.interpolate import RegularGridInterpolator
 from torch import nn
 
 from rankfold.analysis.in_context import milliseconds_in_place, milliseconds_inside
@@ -55,7 +55,9 @@ class LayerTiming:
         kept = [axis for axis, entry in enumerate(grid) if len(entry) > 1]
         if not kept:
             return np.full(len(points), table.item())
-        interpolate = RegularGridInterpolator([grid[axis] for axis in kept], table.squeeze())
+        interpolate = scipy.interpolate.RegularGridInterpolator(
+            [grid[axis] for axis in kept], table.squeeze()
+        )
         return interpolate(points[:, kept])
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import scipy.linalg
+import scipy
 import torch
 
 from rankfold.decompose.decomposition import Decomposition, shape, working_precision

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+import scipy
 import torch
-from scipy.fft import next_fast_len
 from torch import nn
 
 from rankfold.layers.structured_linear import StructuredLinear
@@ -70,7 +70,7 @@ class FourierLinear(StructuredLinear):
 
 def fast_length(length: int) -> int:
     """The least length, not below this one, that has no prime factors above 5."""
-    return int(next_fast_len(length, real=True))
+    return int(scipy.fft.next_fast_len(length, real=True))
 
 
 def transformable(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy.interpolate import RegularGridInterpolator
 from torch import nn
 
 from rankfold.layers import Convolution, Dense, check_ranks
@@ -66,7 +66,7 @@ class SampledFamily:
         return interpolate(point).item()
 
     @cached_property
-    def _losses(self) -> RegularGridInterpolator:
+    def _losses(self) -> Any:
         """Through the losses at the ranks tried."""
         axes = []
         for entry in zip(*self.candidates, strict=True):
@@ -78,7 +78,9 @@ class SampledFamily:
             table[place] = self._measure(tuple(a[i] for a, i in zip(axes, place, strict=True)))
         for axis in range(table.ndim):
             table = np.minimum.accumulate(table, axis)
-        return RegularGridInterpolator([np.array(values, float) for values in axes], table)
+        return scipy.interpolate.RegularGridInterpolator(
+            [np.array(values, float) for values in axes], table
+        )
 
     def _measure(self, rank: Rank) -> float:
         if self.exact and rank == self.limits:

@@ -5,8 +5,8 @@ members are assigned anew by a linear assignment, the best there is. Of vectors 
 products are needed, so that these may be those of any metric.
 """
 
+import scipy
 import torch
-from scipy.optimize import linear_sum_assignment
 
 _ROUNDS = 20
 _RANDOM_STARTS = 8
@@ -56,7 +56,7 @@ def _by_affinity(gram: torch.Tensor, clusters: int) -> torch.Tensor:
 def _assigned(distances: torch.Tensor, size: int) -> torch.Tensor:
     """The members (clusters, size) of the least sum of distances (clusters, n)."""
     places = distances.repeat_interleave(size, 0)  # each cluster once for each of its members
-    members = linear_sum_assignment(places.cpu().numpy())[1]
+    members = scipy.optimize.linear_sum_assignment(places.cpu().numpy())[1]
     return torch.from_numpy(members).to(distances.device).reshape(-1, size)
 
 

@@ -7,8 +7,8 @@ Bayesian matrix factorization. Journal of Machine Learning Research 14 (2013).
 import math
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import minimize_scalar
 
 _SCAN_POINTS = 400
 
@@ -72,7 +72,7 @@ def _noise_variance(squared: np.ndarray, short: int, long: int) -> float:
     grid = np.unique(np.clip(grid, lower, upper))
     energies = np.array([free_energy(variance) for variance in grid])
     best = int(energies.argmin())
-    refined = minimize_scalar(
+    refined = scipy.optimize.minimize_scalar(
         free_energy,
         bounds=(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]),
         method="bounded",

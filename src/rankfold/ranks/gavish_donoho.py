@@ -7,9 +7,8 @@ Information Theory 60 (2014).
 import math
 from functools import cache
 
+import scipy
 import torch
-from scipy.integrate import quad
-from scipy.optimize import brentq
 
 
 def gavish_donoho_rank(
@@ -53,6 +52,6 @@ def _median_of_noise(ratio: float) -> float:
         return math.sqrt(max((high - x) * (x - low), 0)) / (2 * math.pi * ratio * x)
 
     def beyond_half(x: float) -> float:
-        return quad(density, low, x, limit=200)[0] - 0.5
+        return scipy.integrate.quad(density, low, x, limit=200)[0] - 0.5
 
-    return brentq(beyond_half, low + 1e-12, high)
+    return scipy.optimize.brentq(beyond_half, low + 1e-12, high)

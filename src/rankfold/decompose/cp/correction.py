@@ -7,8 +7,8 @@ low-rank tensor decomposition for compression of convolutional neural network. E
 
 import math
 
+import scipy
 import torch
-from scipy.optimize import brentq
 
 from rankfold.decompose.cp.als import unit_columns
 from rankfold.decompose.cp.target import Target, gramian, product_of_others
@@ -80,7 +80,7 @@ def _ridge_within(
     elif excess(high) <= 0:
         return torch.zeros_like(product)
     else:
-        damping = math.exp(brentq(excess, low, high, xtol=1e-6))
+        damping = math.exp(scipy.optimize.brentq(excess, low, high, xtol=1e-6))
         # On the safe side of the root.
         while excess(math.log(damping)) > 0:
             damping *= 1 - 1e-5
