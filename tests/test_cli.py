@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import rankfold
-from rankfold.cli import main
+from rankfold.cli import console, main
 
 DATA = ["--data", "networks:make_data"]
 MODEL = ["networks:make_model", *DATA]
@@ -267,3 +267,27 @@ def test_recipes_that_cannot_be_followed_are_refused(monkeypatch, capsys, text, 
     assert words in capsys.readouterr().err
     assert run(monkeypatch, "compress", "--config", "no.toml", *MODEL, "--out", "small") == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_quiet_is_quiet_and_the_version_is_said(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"rankfold {rankfold.__version__}\n"
+    arguments = [*MODEL, "--macs", "0.5", "--epochs", "0", "--loss-metric", "weight"]
+    assert run(monkeypatch, "--quiet", "compress", *arguments, "--out", "small") == 0
+    assert capsys.readouterr() == ("", "")
+    told = run_json(monkeypatch, capsys, "--quiet", "evaluate", "small")
+    assert "after" in told
+    assert run(monkeypatch, "evaluate", "small") == 0
+    assert "latency per batch" in capsys.readouterr().out
+
+
+def test_logs_get_a_line_now_and_then(monkeypatch, capsys) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    for _ in console.progress(range(100), "working"):
+        now[0] += 4
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "working: 8 of 100, about 6 min left"
+    assert 10 <= len(lines) <= 13 and "\x1b" not in "".join(lines)
+    assert list(console.progress(iter("abc"), "soon done")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""

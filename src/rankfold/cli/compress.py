@@ -6,14 +6,13 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 from rankfold import processes
 from rankfold.analysis import Overrides
 from rankfold.batches import Data, Forward, device_of, first_batches, tensors_of
 from rankfold.checkpoint import check_target, load, save
-from rankfold.cli.console import print_json, progress
+from rankfold.cli.console import print_json, progress, results
 from rankfold.cli.inputs import load_functions, load_inputs, prepare
 from rankfold.cli.options import (
     DISTANCES,
@@ -191,14 +190,13 @@ def compress(
     if as_json:
         print_json(comparison, out=str(out))
         return
-    console = Console()
-    console.print(record_of(small).plan, comparison)
+    results.print(record_of(small).plan, comparison)
     if has_report:
-        console.print(f"report: {out / REPORT}")
+        results.print(f"report: {out / REPORT}")
     if comparison.speedup < 1:
-        console.print("[bold]No faster:[/] fewer MACs did not buy time here; keep the original.")
+        results.print("[bold]No faster:[/] fewer MACs did not buy time here; keep the original.")
     found = "" if again is None else f" (metric {again:.4f})"
-    console.print(f"saved to {out}; loaded again it gives the same outputs{found}")
+    results.print(f"saved to {out}; loaded again it gives the same outputs{found}")
 
 
 def verify(saved: nn.Module, loaded: nn.Module, forward: Forward, judged: Data) -> None:

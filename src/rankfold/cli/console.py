@@ -2,37 +2,70 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as ProgressBar
 
 from rankfold.measure import Comparison
 
 T = TypeVar("T")
 
-people = Console(stderr=True)
+people = Console(stderr=True)  # progress and errors
+results = Console()  # quiet: nothing but errors, and what --json prints
+
+_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 def progress(work: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """The `rankfold.progress.Progress` that draws a bar, on a terminal."""
+    """The `rankfold.progress.Progress` that draws a bar on a terminal, and else a line at times."""
     if total is None and isinstance(work, Sized):
         total = len(work)
+    if results.quiet or people.quiet:
+        yield from work
+        return
+    if not people.is_terminal:
+        yield from _lines(work, description, total)
+        return
     bar = ProgressBar(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         console=people,
         transient=True,
-        disable=not people.is_terminal,
         refresh_per_second=2,  # drawing takes a core from what is being timed
     )
     with bar:
         yield from bar.track(work, total=total, description=description)
+
+
+def _lines(work: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    """For logs: nothing of what is soon done, and no control characters."""
+    start = said = time.monotonic()
+    for done, one in enumerate(work):
+        now = time.monotonic()
+        if done and now - said >= _EVERY:
+            left = "" if total is None else f" of {total}, about {_left(now - start, done, total)}"
+            people.print(f"{description}: {done}{left}", highlight=False, soft_wrap=True)
+            said = now
+        yield one
+
+
+def _left(seconds: float, done: int, total: int) -> str:
+    left = max(0.0, seconds / done * (total - done))
+    return f"{left:.0f} s left" if left < 120 else f"{left / 60:.0f} min left"
 
 
 def print_json(comparison: Comparison, **more: Any) -> None:

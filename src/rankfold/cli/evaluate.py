@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from rankfold.batches import first_batches
 from rankfold.checkpoint import load, read_plan_document
-from rankfold.cli.console import people, print_json, progress
+from rankfold.cli.console import people, print_json, progress, results
 from rankfold.cli.inputs import load_functions, load_inputs, prepare, remembered
 from rankfold.cli.options import Device, Json, Seed, Threads
 from rankfold.measure import in_fastest_memory_format, measure
@@ -54,4 +53,4 @@ def evaluate(
     if as_json:
         print_json(comparison)
     else:
-        Console().print(comparison)
+        results.print(comparison)

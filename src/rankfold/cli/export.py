@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from rankfold.batches import first_batches
 from rankfold.checkpoint import load, read_plan_document
+from rankfold.cli.console import results
 from rankfold.cli.inputs import load_functions, load_inputs, prepare, remembered
 from rankfold.cli.options import ForwardPath, Json, MetricPath, Threads
 from rankfold.export import Axes, Format, export, write_source
@@ -90,7 +90,7 @@ def export_model(
             json.dump({"path": str(path)}, sys.stdout)
             sys.stdout.write("\n")
         else:
-            Console().print(f"{path} builds the network: it needs torch and safetensors alone")
+            results.print(f"{path} builds the network: it needs torch and safetensors alone")
         return
     run_forward, measured = load_functions(
         forward or origin.get("forward"), metric or origin.get("metric")
@@ -110,4 +110,4 @@ def export_model(
         json.dump({**asdict(done), "path": str(done.path)}, sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
-        Console().print(done)
+        results.print(done)

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from rankfold.analysis import Overrides, analyze
 from rankfold.batches import first_batches
-from rankfold.cli.console import print_json, progress
+from rankfold.cli.console import print_json, progress, results
 from rankfold.cli.inputs import load_functions, load_inputs, prepare
 from rankfold.cli.options import (
     DataPath,
@@ -114,4 +113,4 @@ def inspect(
     if as_json:
         print_json(comparison, layers=plan.to_json()["layers"])
     else:
-        Console().print(plan, Text("\n".join(analysis.trust())), comparison)
+        results.print(plan, Text("\n".join(analysis.trust())), comparison)

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from rankfold.checkpoint import read_plan_document, read_record
+from rankfold.cli.console import results
 from rankfold.report import write_report
 
 REPORT = "report.html"
@@ -28,4 +28,4 @@ def report(
     named = {str(key): str(name) for key, name in origin.items()}
     name = title or directory.absolute().name
     write_report(read_record(directory), file, title=name, origin=named)
-    Console().print(f"report: {file}")
+    results.print(f"report: {file}")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from rankfold.batches import device_of, first_batches
 from rankfold.checkpoint import check_target, load, read_plan_document, save
+from rankfold.cli.console import results
 from rankfold.cli.options import Force, Json, Latency, Macs, Memory, Out, Params
 from rankfold.deployment import merge_adjacent
 from rankfold.elastic import slice_to
@@ -60,6 +60,5 @@ def slice_model(
         json.dump({"out": str(out), "plan": plan.to_json()}, sys.stdout, indent=1)
         sys.stdout.write("\n")
         return
-    console = Console()
-    console.print(plan)
-    console.print(f"saved to {out}")
+    results.print(plan)
+    results.print(f"saved to {out}")
