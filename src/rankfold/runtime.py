@@ -149,7 +149,7 @@ def _quiet(logger: str) -> Iterator[None]:
         log.setLevel(before)
 
 
-class _FileNetwork(nn.Module):
+class FileNetwork(nn.Module):
     """A file run by another runtime, called as the model that it was made from."""
 
     def __init__(self, structure: Any) -> None:
@@ -167,19 +167,7 @@ class _FileNetwork(nn.Module):
         raise NotImplementedError
 
 
-class ProgramNetwork(nn.Module):
-    """A file of `torch.export`."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        # Out of sight of torch: a program has no training mode to be put in.
-        self._program = [torch.export.load(file).module()]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._program[0](*args, **kwargs)
-
-
-class OnnxNetwork(_FileNetwork):
+class OnnxNetwork(FileNetwork):
     """An ONNX file run by ONNX Runtime, with as many threads as torch has."""
 
     def __init__(self, file: Path, structure: Any) -> None:
@@ -201,7 +189,7 @@ class OnnxNetwork(_FileNetwork):
         return self.session.run(None, dict(zip(self.names, arrays, strict=True)))
 
 
-class OpenVinoNetwork(_FileNetwork):
+class OpenVinoNetwork(FileNetwork):
     """An ONNX or OpenVINO file run by OpenVINO on the CPU, with as many threads as torch has."""
 
     def __init__(self, file: Path, structure: Any) -> None:

@@ -23,6 +23,7 @@ class FormatName(StrEnum):
     onnx = "onnx"
     openvino = "openvino"
     torch = "torch"
+    executorch = "executorch"
     python = "python"
 
 
@@ -30,6 +31,7 @@ FORMATS: dict[FormatName, Format] = {
     FormatName.onnx: "onnx",
     FormatName.openvino: "openvino",
     FormatName.torch: "torch",
+    FormatName.executorch: "executorch",
 }
 
 
@@ -50,9 +52,7 @@ AXES: dict[AxesName, Axes | None] = {
 
 def export_model(
     directory: Annotated[Path, typer.Argument(help="A saved model.")],
-    out: Annotated[
-        Path, typer.Argument(help="The file: .onnx, .xml (OpenVINO), .pt2; or a directory.")
-    ],
+    out: Annotated[Path, typer.Argument(help="The file: .onnx, .xml, .pt2, .pte; or a directory.")],
     to: Annotated[
         FormatName | None,
         typer.Option("--to", help="Format (default: what the file's suffix says)."),
@@ -75,9 +75,9 @@ def export_model(
 ) -> None:
     """Write a saved model for another program, run the file there, and compare.
 
-    ONNX Runtime (.onnx), OpenVINO (.xml) and torch.export (.pt2) files need no rankfold. Python (a
-    directory) is a readable file that builds the network of torch's own layers, and its weights.
-    The import paths given to compress are used again, as by evaluate.
+    Files of ONNX Runtime (.onnx), OpenVINO (.xml), torch.export (.pt2) and ExecuTorch (.pte) need
+    no rankfold. Python (a directory) is a readable file that builds the network of torch's own
+    layers, and its weights. The import paths given to compress are used again, as by evaluate.
     """
     origin = read_plan_document(directory)["origin"]
     named = remembered(directory, origin, model, data, text)

@@ -1,14 +1,13 @@
-"""A network written for ONNX Runtime, OpenVINO or `torch.export`, and the file tried."""
+"""A network written into a file for another program, and the file tried."""
 
 import copy
 import inspect
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -18,27 +17,12 @@ from torch.utils import _pytree
 from rankfold.batches import Data, Forward, batch_size, device_of, map_tensors, run, running
 from rankfold.deployment import fold_batch_norms
 from rankfold.errors import CheckpointError, ModelError, RankfoldError
+from rankfold.export.formats import FORMATS, FileFormat
 from rankfold.measure import Metric, evaluate, latencies, output_error
-from rankfold.runtime import (
-    Call,
-    OnnxNetwork,
-    OpenVinoNetwork,
-    ProgramNetwork,
-    call_of,
-    check_runtime,
-    version_of,
-    write_onnx,
-)
+from rankfold.runtime import Call, call_of
 from rankfold.tables import Shown
 
-Format = Literal["onnx", "openvino", "torch"]
-FORMATS: tuple[Format, ...] = get_args(Format)
-_RUNTIMES: dict[str, Literal["onnxruntime", "openvino", "eager"]] = {
-    "onnx": "onnxruntime",
-    "openvino": "openvino",
-    "torch": "eager",
-}
-_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+Format = Literal["onnx", "openvino", "torch", "executorch"]
 _CLOSE = 1e-3  # relative norm of the outputs' difference: what other kernels may round otherwise
 Axes = Literal["batch", "all"]
 
@@ -83,21 +67,21 @@ def export(
 ) -> Exported:
     """Write a network to a file, run that in its runtime, and compare.
 
-    `to` is "onnx" (ONNX Runtime), "openvino" (by way of ONNX) or "torch" (`torch.export`, a .pt2);
-    by default what the suffix of the path says. The file needs no rankfold. `example` is one batch
-    (see `rankfold.batches`). With `dynamic` the first axis of the inputs may have other lengths
-    than there ("batch"), or every axis ("all"), as far as the model allows: what it does not, is
-    exported at the sizes of the example; what does, the file is run with to see. Batch norms are
-    folded first (`fold`). With `metric` it is evaluated on `data` by torch and by the file.
+    `to` is "onnx" (ONNX Runtime), "openvino" (by way of ONNX), "torch" (`torch.export`, a .pt2) or
+    "executorch" (a .pte); by default what the suffix of the path says. The file needs no rankfold.
+    `example` is one batch (see `rankfold.batches`). With `dynamic` the first axis of the inputs may
+    have other lengths than there ("batch"), or every axis ("all"), as far as the model allows: what
+    it does not, is exported at the sizes of the example; what does, the file is run with to see.
+    Batch norms are folded first (`fold`). With `metric` it is evaluated on `data` by torch and by
+    the file.
 
     The model is left as it is. Raises CheckpointError for a file that cannot be written, ModelError
     for a model that cannot be exported or a file that gives other outputs, DeviceError for a
     runtime that is not installed.
     """
     target = Path(path)
-    kind = to or _format_of(target)
-    runtime = _RUNTIMES[kind]
-    check_runtime(runtime)
+    kind = FORMATS[to or _format_of(target)]
+    kind.check()
     if metric is not None and data is None:
         raise RankfoldError("a metric is evaluated on data: give data")
     network = copy.deepcopy(model).cpu().eval()
@@ -106,7 +90,7 @@ def export(
         network = fold_batch_norms(network, batch, forward=forward).eval()
     with running(network), torch.no_grad():
         structure = _write(network, batch, forward, target, kind, dynamic)
-        file = _load(target, kind, structure)
+        file = kind.load(target, structure)
         expected, found = forward(network, batch), forward(file, batch)
         error = output_error(expected, found)
         if not error <= _CLOSE:
@@ -119,20 +103,24 @@ def export(
         if metric is not None and data is not None:
             scores = evaluate(metric, network, data), evaluate(metric, file, data)
     size = sum(one.stat().st_size for one in _files_of(target))
-    name = f"torch {torch.__version__}" if kind == "torch" else version_of(runtime).split(",")[0]
-    return Exported(target, name, size, others, error, before, after, scores)
+    return Exported(target, kind.runtime, size, others, error, before, after, scores)
 
 
-def _format_of(path: Path) -> Format:
-    for kind in FORMATS:
-        if path.suffix == _SUFFIXES[kind]:
-            return kind
-    known = ", ".join(f"{_SUFFIXES[kind]} ({kind})" for kind in FORMATS)
+def _format_of(path: Path) -> str:
+    for name, kind in FORMATS.items():
+        if path.suffix == kind.suffix:
+            return name
+    known = ", ".join(f"{kind.suffix} ({name})" for name, kind in FORMATS.items())
     raise RankfoldError(f"'{path}' does not tell the format: end it in {known}, or give to=")
 
 
 def _write(
-    network: nn.Module, batch: Any, forward: Forward, target: Path, kind: Format, axes: Axes | None
+    network: nn.Module,
+    batch: Any,
+    forward: Forward,
+    target: Path,
+    kind: FileFormat,
+    axes: Axes | None,
 ) -> Any:
     """With as many dynamic axes as the model allows, of those asked for; the outputs' nesting."""
     wanted: dict[Axes | None, tuple[Axes | None, ...]] = {
@@ -144,7 +132,8 @@ def _write(
     for some in wanted[axes]:
         try:
             call = call_of(network, _example(batch, some), forward)
-            _write_with(network, call, target, kind, some)
+            shapes = None if some is None else _dynamic_shapes(network, call, some)
+            kind.write(network, call, shapes, target)
         except OSError as error:
             message = f"{target} cannot be written: {error.strerror or error}"
             raise CheckpointError(message) from error
@@ -164,25 +153,6 @@ def _example(batch: Any, axes: Axes | None) -> Any:
     return map_tensors(batch, partial(_more_samples, size=size))
 
 
-def _write_with(
-    network: nn.Module, call: Call, target: Path, kind: Format, axes: Axes | None
-) -> None:
-    shapes = None if axes is None else _dynamic_shapes(network, call, axes)
-    if kind == "torch":
-        program = torch.export.export(network, call.args, call.kwargs, dynamic_shapes=shapes)
-        torch.export.save(program, target)
-        return
-    if kind == "onnx":
-        write_onnx(network, call, target, shapes)
-        return
-    import openvino
-
-    with tempfile.TemporaryDirectory() as folder:
-        onnx = Path(folder, "model.onnx")
-        write_onnx(network, call, onnx, shapes)
-        openvino.save_model(openvino.convert_model(onnx), target, compress_to_fp16=False)
-
-
 def _dynamic_shapes(network: nn.Module, call: Call, axes: Axes) -> dict[str, Any]:
     """By parameter of the forward, which axes of a tensor may have other lengths.
 
@@ -197,14 +167,6 @@ def _dynamic_shapes(network: nn.Module, call: Call, axes: Axes) -> dict[str, Any
 
     args, kwargs = _pytree.tree_map(of, call.args), _pytree.tree_map(of, call.kwargs)
     return dict(inspect.signature(network.forward).bind(*args, **kwargs).arguments)
-
-
-def _load(target: Path, kind: Format, structure: Any) -> nn.Module:
-    if kind == "torch":
-        return ProgramNetwork(target)
-    if kind == "openvino":
-        return OpenVinoNetwork(target, structure)
-    return OnnxNetwork(target, structure)
 
 
 def _other_sizes(
