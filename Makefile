@@ -3,7 +3,7 @@
 PYTHON ?= python3
 INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test examples decompositions clean
+.PHONY: demo test docs bench bench-full examples decompositions clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/rankfold demo --threads 2 --force
@@ -13,6 +13,17 @@ test: .venv-test/installed
 	.venv-test/bin/ruff check .
 	.venv-test/bin/mypy
 	.venv-test/bin/pytest -n 2 --dist worksteal
+
+# Beside what users would pick instead: one network; all of them, hours.
+bench: .venv-bench/installed
+	.venv-bench/bin/python benchmarks/bench.py --quick
+
+bench-full: .venv-bench/installed
+	.venv-bench/bin/python benchmarks/bench.py
+
+# The site, into site/.
+docs: .venv-docs/installed
+	.venv-docs/bin/mkdocs build
 
 # The pretrained networks: minutes each.
 examples: .venv-bench/installed
@@ -28,6 +39,11 @@ decompositions: .venv-bench/installed
 	.venv-demo/bin/python $(INSTALL) -e .
 	touch $@
 
+.venv-docs/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python $(INSTALL) -e '.[docs]'
+	touch $@
+
 .venv-test/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-test
 	.venv-test/bin/python $(INSTALL) -e '.[test]'
@@ -41,4 +57,4 @@ decompositions: .venv-bench/installed
 	touch $@
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-bench rankfold-demo rankfold-demo.recovery.pt
+	rm -rf site .venv-demo .venv-docs .venv-test .venv-bench rankfold-demo rankfold-demo.recovery.pt

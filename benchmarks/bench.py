@@ -1,0 +1,87 @@
+"""The suite: rankfold beside what users would pick instead, network by network.
+
+Every contender gets the same data, the same recovery and the same clock, in a process of its own.
+Rows are appended to bench.jsonl with date, commit, machine and versions; `docs/results.md` is made
+from it. `--quick` is one network and one share, in a quarter of an hour.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from suite import cases, contenders
+from suite.results import read, write_document
+from suite.trial import Trial, tried
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "bench.jsonl"
+DOCUMENT = HERE.parent / "docs" / "results.md"
+QUICK = [Trial("demo", name, 0.33) for name in contenders.NAMES]
+
+
+def main(
+    case: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(cases.NAMES)}")] = None,
+    contender: Annotated[
+        list[str] | None, typer.Option(help=f"of {', '.join(contenders.NAMES)}")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="one network and one share")] = False,
+    again: Annotated[bool, typer.Option(help="also what was measured at this commit")] = False,
+    threads: int = 2,
+    minutes: Annotated[float, typer.Option(help="that one trial may take")] = 30,
+    trial: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    if trial is not None:
+        print(json.dumps(tried(Trial(**json.loads(trial)), threads)))
+        return
+    wanted = (
+        list(QUICK) if quick else every_trial(case or cases.NAMES, contender or contenders.NAMES)
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
+    ).stdout.strip()
+    done = {
+        (row["case"], row["contender"], row["share"])
+        for row in read(RESULTS)
+        if row["commit"] == commit and not again
+    }
+    for one in wanted:
+        if (one.case, one.contender, one.share) not in done:
+            row = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit}
+            row |= in_process_of_its_own(one, threads, minutes)
+            print(json.dumps(row), flush=True)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    write_document(read(RESULTS), DOCUMENT)
+
+
+def every_trial(names: Sequence[str], competing: Sequence[str]) -> list[Trial]:
+    return [
+        Trial(name, contender, share)
+        for name in names
+        for contender in competing
+        for share in cases.make(name).shares
+    ]
+
+
+def in_process_of_its_own(trial: Trial, threads: int, minutes: float) -> dict:
+    """What was measured, or why the trial ended."""
+    command = [sys.executable, __file__, "--trial", json.dumps(asdict(trial))]
+    command += ["--threads", str(threads)]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes)
+    except subprocess.TimeoutExpired:
+        return {**asdict(trial), "why not": f"not done after {minutes:.0f} minutes"}
+    if told.returncode != 0:
+        line = (told.stderr.strip() or "no word").splitlines()[-1]
+        return {**asdict(trial), "why not": f"it fails: {line:.200}"}
+    return json.loads(told.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,25 @@
+"""A network to compress: its data, how it is judged, and how it is recovered."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from rankfold.distances import Distance
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network. Contenders see `data` and `training`; `score` is for the result alone."""
+
+    name: str
+    unit: str  # of the score, higher is better
+    make_model: Callable[[], nn.Module]
+    data: list[Any]  # to calibrate on, without labels; the first batch is timed
+    training: list[Any]  # to recover on, without labels
+    score: Callable[[nn.Module], float]
+    distance: Distance
+    epochs: int  # of recovery, the same for every contender
+    learning_rate: float
+    shares: tuple[float, ...]  # of the MACs, about what contenders are asked for

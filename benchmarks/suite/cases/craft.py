@@ -1,0 +1,31 @@
+"""CRAFT, which finds text: a VGG-16 with a decoder, judged by agreement with itself."""
+
+import sys
+from pathlib import Path
+
+from rankfold.distances import SquaredError
+from suite.case import Case
+
+sys.path.append(str(Path(__file__).parents[3] / "examples"))
+
+
+def make() -> Case:
+    from ocr_models import make_detector
+    from rendered_text import page_batches, split_fonts
+    from text_detector import agreement
+
+    fonts, held_out = split_fonts()
+    model, test = make_detector(), page_batches(16, held_out, seed=1)
+    pages = page_batches(64, fonts, seed=0)
+    return Case(
+        "CRAFT",
+        "text regions as found by the dense network, %",
+        make_detector,
+        [pages[0][:1], *pages[:16]],
+        pages,
+        lambda small: agreement(small.eval(), model, test),
+        SquaredError(),
+        epochs=1,
+        learning_rate=3e-4,
+        shares=(0.5, 0.3),
+    )

@@ -1,0 +1,32 @@
+"""EasyOCR's `english_g2`, a reader of words: convolutions, LSTMs, linear layers."""
+
+import sys
+from pathlib import Path
+
+from rankfold.distances import Divergence
+from suite.case import Case
+
+sys.path.append(str(Path(__file__).parents[3] / "examples"))
+
+
+def make() -> Case:
+    from ocr_models import make_recogniser
+    from rendered_text import split_fonts, word_batches
+    from scene_text import words_right
+
+    fonts, held_out = split_fonts()
+    words = [images for images, _ in word_batches(1_000, fonts, seed=0)]
+    middle = sorted(words, key=lambda images: images.shape[-1])[len(words) // 2]
+    test = word_batches(1_000, held_out, seed=1)
+    return Case(
+        "english_g2",
+        "words right, %",
+        make_recogniser,
+        [middle[:1], *words],
+        [images for images, _ in word_batches(4_000, fonts, seed=2, varied=True)],
+        lambda model: words_right(model.eval(), test),
+        Divergence(2.0),
+        epochs=2,
+        learning_rate=1e-3,
+        shares=(0.6, 0.4),
+    )

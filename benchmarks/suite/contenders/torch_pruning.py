@@ -1,0 +1,34 @@
+"""Channels pruned by torch-pruning: groups of the smallest norm, in the whole network."""
+
+import torch
+import torch_pruning
+from torch import nn
+
+NAME, PACKAGES = "torch-pruning", ("torch_pruning",)
+DISTRIBUTIONS = {"torch_pruning": "torch-pruning"}
+
+
+def why_not(model):
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return "it does not prune recurrent layers"
+    return None
+
+
+def compress(case, share):
+    model, batch = case.make_model(), case.data[0]
+    last = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv1d)][-1]
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        batch,
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.95,
+        global_pruning=True,
+        max_pruning_ratio=0.9,
+        ignored_layers=[last],
+        iterative_steps=200,
+    )
+    dense, _ = torch_pruning.utils.count_ops_and_params(model, batch)
+    while torch_pruning.utils.count_ops_and_params(model, batch)[0] > share * dense:
+        with torch.enable_grad():
+            pruner.step()
+    return model
