@@ -9,6 +9,17 @@ from rankfold.errors import DeviceError, ModelError
 from rankfold.runtime import RUNTIMES, caller, check_runtime, prepare, version_of
 
 
+def is_installed(name: str) -> bool:
+    try:
+        check_runtime(name)
+    except DeviceError:
+        return False
+    return True
+
+
+INSTALLED = [name for name in RUNTIMES if is_installed(name)]
+
+
 class Nested(nn.Module):
     """Outputs in a mapping, one of them in a tuple; takes arguments by name."""
 
@@ -21,7 +32,7 @@ class Nested(nn.Module):
         return {"found": found, "more": (found.sum(1), x)}
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("name", INSTALLED)
 def test_outputs_are_the_models_own(name) -> None:
     model, batch = make_model().train(), make_data()[0]
     ready = prepare(model, batch, run, name)
@@ -32,7 +43,7 @@ def test_outputs_are_the_models_own(name) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("name", INSTALLED)
 def test_nested_outputs_and_named_inputs(name) -> None:
     model = Nested().eval()
     batch = {"x": torch.randn(3, 6), "scale": torch.tensor(2.0)}
@@ -41,7 +52,7 @@ def test_nested_outputs_and_named_inputs(name) -> None:
         torch.testing.assert_close(found, model(**batch))
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("name", INSTALLED)
 def test_recurrent_layers_with_their_tuples(name) -> None:
     model, batch = nn.LSTM(5, 7, bidirectional=True).eval(), torch.randn(4, 2, 5)
     with torch.no_grad():
@@ -96,7 +107,7 @@ def test_a_model_called_twice_for_a_batch_cannot_be_exported() -> None:
         prepare(nn.Linear(3, 3), torch.randn(2, 3), twice, "onnxruntime")
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("name", INSTALLED)
 def test_versions_tell_runtimes_apart(name) -> None:
-    assert len({version_of(one) for one in RUNTIMES}) == len(RUNTIMES)
+    assert len({version_of(one) for one in INSTALLED}) == len(INSTALLED) >= 3
     assert any(character.isdigit() for character in version_of(name))

@@ -25,7 +25,7 @@ def write_document(rows: Sequence[Row], document: Path) -> None:
     parts = []
     for case, network in networks.items():
         measured = [row for row in rows if row["case"] == case and "dense" in row]
-        parts.append(f"### {network}\n\n{_note(measured)}\n\n{_table(measured)}")
+        parts.append(f"### {network}\n\n{_note(measured)}\n\n{table(measured)}")
         parts.append(f"{_summary(measured)}")
         picture = document.with_name(f"results-{case}.svg")
         draw(measured, picture)
@@ -43,7 +43,8 @@ def _note(rows: Sequence[Row]) -> str:
     )
 
 
-def _table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
+    """What was measured of each contender at each share."""
     header = (
         *("contender", "MACs", "parameters", "time", "score", "recovered"),
         *("to compress", "memory", "lines", "ONNX"),

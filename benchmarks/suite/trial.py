@@ -26,6 +26,7 @@ class Trial:
     case: str
     contender: str
     share: float
+    epochs: int | None = None  # of recovery; None: as many as the case says
 
 
 def tried(trial: Trial, threads: int) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def tried(trial: Trial, threads: int) -> dict[str, Any]:
         case.training,
         teacher=model,
         distance=case.distance,
-        epochs=case.epochs,
+        epochs=trial.epochs or case.epochs,
         learning_rate=case.learning_rate,
     )
     pairs = [paired_times(model, small.eval(), batch) for _ in range(REPEATS)]
@@ -73,6 +74,7 @@ def tried(trial: Trial, threads: int) -> dict[str, Any]:
         "factorized": factorized,
         "recovered": case.score(small.eval()),
         "seconds to recover": recovery.seconds,
+        "epochs": trial.epochs or case.epochs,
         "dense ms": [dense for dense, _ in pairs],
         "small ms": [ours for _, ours in pairs],
         "time kept": statistics.median(ours / dense for dense, ours in pairs),
