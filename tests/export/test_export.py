@@ -47,6 +47,7 @@ def test_the_file_is_run_and_compared(kind, small, tmp_path) -> None:
     assert done.dynamic == ("batch",)
     assert done.metric is not None and done.metric[0] == done.metric[1]
     assert done.before_ms > 0 and done.after_ms > 0 and done.file_bytes >= path.stat().st_size
+    assert all(one.name.startswith("small") for one in tmp_path.iterdir())
     assert {"onnx": "onnxruntime", "torch": "torch"}.get(kind, kind) in done.runtime
     assert "batch" in str(done) and "metric" in str(done)
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
@@ -144,3 +145,4 @@ def test_a_file_that_gives_other_outputs_is_refused(small, tmp_path, monkeypatch
     monkeypatch.setattr(module, "output_error", lambda expected, found: 0.1)
     with pytest.raises(ModelError, match="gives other outputs than the model"):
         export(small, tmp_path / "small.onnx", make_data()[0])
+    assert list(tmp_path.iterdir()) == []  # no file that is wrong

@@ -3,8 +3,10 @@
 import copy
 import inspect
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -88,22 +90,57 @@ def export(
     batch = map_tensors(example, lambda tensor: tensor.cpu())
     if fold:
         network = fold_batch_norms(network, batch, forward=forward).eval()
-    with running(network), torch.no_grad():
-        structure = _write(network, batch, forward, target, kind, dynamic)
-        file = kind.load(target, structure)
-        expected, found = forward(network, batch), forward(file, batch)
-        error = output_error(expected, found)
-        if not error <= _CLOSE:
-            raise ModelError(f"{target} gives other outputs than the model: by {error:.2g}")
-        others = _other_sizes(network, file, batch, forward, dynamic)
-        before, after = latencies(
-            [partial(forward, one, batch) for one in (network, file)], device_of(network)
-        )
-        scores = None
+    with _room_beside(target) as room:
+        # Under its own name, by which it knows the weights beside it.
+        beside = room / target.name
+        done, file = _tried(network, batch, forward, beside, kind, dynamic)
         if metric is not None and data is not None:
             scores = evaluate(metric, network, data), evaluate(metric, file, data)
-    size = sum(one.stat().st_size for one in _files_of(target))
-    return Exported(target, kind.runtime, size, others, error, before, after, scores)
+            done = replace(done, metric=scores)
+        with _writing(target):
+            for part in _files_of(beside):
+                part.replace(target.with_name(part.name))
+    return replace(done, path=target)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        message = f"{target} cannot be written: {error.strerror or error}"
+        raise CheckpointError(message) from error
+
+
+@contextmanager
+def _room_beside(target: Path) -> Iterator[Path]:
+    """A folder for the file until it is known to be right."""
+    with _writing(target):
+        room = tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.")
+    with room as name:
+        yield Path(name)
+
+
+def _tried(
+    network: nn.Module,
+    batch: Any,
+    forward: Forward,
+    path: Path,
+    kind: FileFormat,
+    dynamic: Axes | None,
+) -> tuple[Exported, nn.Module]:
+    """Written, run and compared; and what runs the file."""
+    with running(network), torch.no_grad():
+        structure = _write(network, batch, forward, path, kind, dynamic)
+        file = kind.load(path, structure)
+        error = output_error(forward(network, batch), forward(file, batch))
+        if not error <= _CLOSE:
+            raise ModelError(f"{path.name} gives other outputs than the model: by {error:.2g}")
+        others = _other_sizes(network, file, batch, forward, dynamic)
+        calls = [partial(forward, one, batch) for one in (network, file)]
+        before, after = latencies(calls, device_of(network))
+    size = sum(one.stat().st_size for one in _files_of(path))
+    return Exported(path, kind.runtime, size, others, error, before, after, None), file
 
 
 def _format_of(path: Path) -> str:
@@ -133,10 +170,10 @@ def _write(
         try:
             call = call_of(network, _example(batch, some), forward)
             shapes = None if some is None else _dynamic_shapes(network, call, some)
-            kind.write(network, call, shapes, target)
-        except OSError as error:
-            message = f"{target} cannot be written: {error.strerror or error}"
-            raise CheckpointError(message) from error
+            with _writing(target):
+                kind.write(network, call, shapes, target)
+        except CheckpointError:
+            raise
         except Exception as error:
             reason = error
         else:
