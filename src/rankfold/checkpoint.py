@@ -129,10 +129,7 @@ def load(
     """
     source = Path(directory)
     document = read_plan_document(source)
-    try:
-        plan = Plan.from_json(document["plan"])
-    except PlanError as error:
-        raise CheckpointError(f"{source / PLAN}: {error}") from error
+    plan = _plan_of(document, source)
     tensors = _read_tensors(source, document)
     if like is None and not is_pretrained(source):
         raise CheckpointError(f"{source} does not say what network it is of: give like=")
@@ -173,10 +170,7 @@ def read_record(directory: Pathlike) -> Record:
     """
     source = Path(directory)
     document = read_plan_document(source)
-    try:
-        plan = Plan.from_json(document["plan"])
-    except PlanError as error:
-        raise CheckpointError(f"{source / PLAN}: {error}") from error
+    plan = _plan_of(document, source)
     return Record(plan, document["source_sha256"], **_history_of(document, source))
 
 
@@ -246,6 +240,13 @@ def _elastic_from_json(document: Mapping[str, Any], source: Path) -> Analysis | 
         raise CheckpointError(f"{source / PLAN}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{source / PLAN} is damaged: 'elastic': {error!r}") from error
+
+
+def _plan_of(document: Mapping[str, Any], source: Path) -> Plan:
+    try:
+        return Plan.from_json(document["plan"])
+    except PlanError as error:
+        raise CheckpointError(f"{source / PLAN}: {error}") from error
 
 
 def _history_of(document: Mapping[str, Any], source: Path) -> dict[str, Any]:

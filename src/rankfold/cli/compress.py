@@ -191,8 +191,8 @@ def compress(
         print_json(comparison, out=str(out))
         return
     results.print(record_of(small).plan, comparison)
-    if has_report:
-        results.print(f"report: {out / REPORT}")
+    where = out / REPORT if has_report else "none; pip install 'rankfold[report]' for one"
+    results.print(f"report: {where}", markup=False)
     if comparison.speedup < 1:
         results.print("[bold]No faster:[/] fewer MACs did not buy time here; keep the original.")
     found = "" if again is None else f" (metric {again:.4f})"
