@@ -15,7 +15,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(example.strip().splitlines()) <= 15
     # Fewer batches than a reader has: this is about running at all.
     for name in ("make_data", "make_test"):
-        batches = getattr(demo, name)()[:12]
+        batches = getattr(demo, name)()[:6]
         monkeypatch.setattr(demo, name, lambda batches=batches: batches)
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
