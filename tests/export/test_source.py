@@ -42,6 +42,20 @@ def test_the_file_builds_the_network_without_rankfold(tmp_path) -> None:
         torch.testing.assert_close(found, small(data[0]), rtol=0, atol=0)
 
 
+def test_paddings_that_are_words(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(24, 24, 3, padding="same", padding_mode="circular")).eval()
+    batch = torch.randn(2, 24, 6, 6)
+    plan = rankfold.analyze(model, [batch], metric="weight").plan(macs=0.5)
+    small = rankfold.factorize(model, plan)
+    text = write_source(small, model, tmp_path).read_text()
+    assert 'padding="same"' in text and 'padding_mode="circular"' in text
+    namespace: dict = {"__file__": str(tmp_path / "architecture.py"), "__name__": "made"}
+    exec(text, namespace)
+    with torch.no_grad():
+        torch.testing.assert_close(namespace["load"](model)(batch), small(batch), rtol=0, atol=0)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,7 +121,8 @@ def _expression(module: nn.Module, path: str, indent: str) -> str:
             f"layer '{path}' is a {kind.__name__}, which torch does not have: export to ONNX or "
             "torch.export instead"
         )
-    made = f"nn.{module!r}"
+    # Torch writes the words of a padding without quotes.
+    made = re.sub(r"(padding(?:_mode)?)=([a-z]+)", r'\1="\2"', f"nn.{module!r}")
     dtypes = {own.dtype for own in module.parameters()} - {torch.float32}
     return made + "".join(f".to({dtype})" for dtype in dtypes)
 
