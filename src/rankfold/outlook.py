@@ -9,8 +9,8 @@ import torch
 from rankfold.analysis import AnalysedLayer, Analysis, Overrides
 from rankfold.analysis.correction import Check
 from rankfold.documents import read
-from rankfold.errors import BudgetError, PlanError
-from rankfold.plan import Cost, LayerPlan, Plan
+from rankfold.errors import PlanError
+from rankfold.plan import Cost, LayerPlan
 
 _NO_OVERRIDES = Overrides()
 _MOST_VALUES = 64  # of a spectrum
@@ -94,11 +94,7 @@ def _curve(
     options: Sequence[dict[Option, int]],
 ) -> list[Point]:
     found: list[Point] = []
-    for budget in _budgets(analysis, cost, points, overrides):
-        try:
-            plan = _plan(analysis, cost, budget, overrides)
-        except BudgetError:  # rounding at the smallest
-            continue
+    for budget, plan in analysis.plans(cost, points, overrides):
         places = tuple(
             own.setdefault(_option(entry), len(own))
             for own, entry in zip(options, plan.layers, strict=True)
@@ -106,22 +102,6 @@ def _curve(
         if not found or found[-1].options != places:
             found.append(Point(budget, plan.after, plan.loss, places))
     return found
-
-
-def _budgets(analysis: Analysis, cost: str, points: int, overrides: Overrides) -> list[float]:
-    """From the smallest reachable to 1, in even steps."""
-    smallest = 1.0
-    try:
-        _plan(analysis, cost, 1e-9, overrides)
-    except BudgetError as error:
-        smallest = min(error.smallest.get(cost, 1.0), 1.0)
-    step = (1 - smallest) / (points - 1)
-    return [smallest + step * place for place in range(points - 1)] + [1.0]
-
-
-def _plan(analysis: Analysis, cost: str, budget: float, overrides: Overrides) -> Plan:
-    asked: dict[str, Any] = {cost: budget}
-    return analysis.plan(**asked, overrides=overrides)
 
 
 def _option(entry: LayerPlan) -> Option:

@@ -1,5 +1,6 @@
 """What is known of a network before it is planned, and the plans that are made from it."""
 
+import contextlib
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -202,21 +203,29 @@ class Analysis(Shown):
             layers.append(replace(layer, candidates=only) if only else layer)
         return replace(self, layers=tuple(layers))
 
-    def curve(self, cost: str = "macs", points: int = 20) -> list[CurvePoint]:
-        """The least predicted loss at budgets of one cost from the smallest reachable to 1."""
+    def plans(
+        self, cost: str = "macs", points: int = 20, overrides: Overrides = _NO_OVERRIDES
+    ) -> list[tuple[float, Plan]]:
+        """Budgets of one cost from the smallest reachable to 1, and the plans within them."""
         if cost not in COSTS or (cost == "latency" and self.timing is None):
             raise BudgetError(f"no costs by the name '{cost}' in this analysis")
         plan_within = cast(Any, self.plan)
         smallest = 1.0
         try:
-            plan_within(**{cost: 1e-9})
+            plan_within(**{cost: 1e-9}, overrides=overrides)
         except BudgetError as error:
             smallest = min(error.smallest.get(cost, 1.0), 1.0)
         found = []
         for budget in np.linspace(smallest, 1, points).tolist():
-            plan = plan_within(**{cost: budget})
-            found.append(CurvePoint(budget, plan.after, plan.loss))
+            with contextlib.suppress(BudgetError):  # the smallest, rounded down
+                found.append((budget, plan_within(**{cost: budget}, overrides=overrides)))
         return found
+
+    def curve(self, cost: str = "macs", points: int = 20) -> list[CurvePoint]:
+        """The least predicted loss at budgets of one cost from the smallest reachable to 1."""
+        return [
+            CurvePoint(budget, plan.after, plan.loss) for budget, plan in self.plans(cost, points)
+        ]
 
     def _after(self, layers: Sequence[AnalysedLayer], choices: Sequence[Choice]) -> Cost:
         parameters, macs, milliseconds = self.parameters, self.macs, 0.0
