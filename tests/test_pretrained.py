@@ -157,15 +157,15 @@ def test_an_embedding_that_three_modules_and_the_output_share() -> None:
     analysis = rankfold.analyze(model, data, metric="fisher", check=False)
     plan = analysis.plan(params=0.9, overrides=rankfold.Overrides(force={"shared": "svd"}))
     (entry,) = (entry for entry in plan.factorized if entry.tied)
-    assert entry.name == "shared" and set(entry.tied) == {
-        "encoder.embed_tokens",
-        "decoder.embed_tokens",
-        "lm_head",
-    }
+    modules = dict(model.named_modules())  # in some releases all three are one
+    embeddings = {"encoder.embed_tokens", "decoder.embed_tokens"} & modules.keys()
+    assert entry.name == "shared" and set(entry.tied) == {*embeddings, "lm_head"}
     small = rankfold.factorize(model, plan)
     assert count_parameters(small) == plan.after.parameters
     tables = {id(one[0].weight) for one in small.modules() if isinstance(one, TwoFactorEmbedding)}
     assert tables == {id(small.lm_head[1].weight)}
+    assert isinstance(small.encoder.embed_tokens, TwoFactorEmbedding)
+    assert isinstance(small.decoder.embed_tokens, TwoFactorEmbedding)
     small(**data[0])
     # Its weight is asked for its dtype past the layer's forward.
     reasons = {layer.name: layer.reason for layer in analysis.layers}

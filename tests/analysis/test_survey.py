@@ -132,6 +132,20 @@ def test_layers_whose_weight_the_model_reads_past_their_forward() -> None:
     assert found["calls"] is None
 
 
+def test_a_parameter_of_the_model_that_is_asked_for_its_dtype_is_no_read_weight() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = next(self.parameters())
+            assert first.is_floating_point()
+            return self.first(x.to(first.device, first.dtype))
+
+    assert reasons(Asks(), torch.randn(2, 4)) == {"first": None}
+
+
 def test_weights_of_unusual_kinds_are_left_alone() -> None:
     complex_layer = nn.Linear(4, 4, dtype=torch.complex64)
     found = reasons(nn.Sequential(complex_layer), torch.randn(2, 4, dtype=torch.complex64))

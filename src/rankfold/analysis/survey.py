@@ -3,7 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
+from unittest import mock
 
 import torch
 from torch import nn
@@ -28,6 +29,11 @@ from rankfold.layers import TiedLayers
 from rankfold.progress import Progress, silent
 
 _ALSO = "its weight is also that of"
+_ASKS_A_KIND = (
+    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.device.__get__,
+    torch.Tensor.is_floating_point,
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def survey(
                     size = batch_size(batch)
                     if size == 0:
                         raise CalibrationError("the first batch of the data holds no sample")
-                    with reads, readers:
+                    with readers, reads:  # within: the readers ask weights for their kind too
                         macs = count_macs(partial(run, batch))
                 else:
                     run_or_explain(forward, model, batch, index)
@@ -215,7 +221,8 @@ class _OutsideReads(TorchFunctionMode):
     """Finds the modules whose `weight` is used while they are not running.
 
     Some models take a layer's weight, or ask for its dtype, past the layer's forward; put a
-    factorized layer there and they break.
+    factorized layer there and they break. To ask a parameter that was met among `parameters()` for
+    its dtype or device is no such use: a factorized layer has parameters too.
     """
 
     def __init__(self, owners: Iterable[nn.Module]) -> None:
@@ -225,7 +232,24 @@ class _OutsideReads(TorchFunctionMode):
             if hasattr(module, "weight"):
                 self.owners.setdefault(id(module.weight), []).append(module)
         self.inside: list[nn.Module] = []
+        self.asked: set[nn.Module] = set()  # for their weight, by its name
         self.found: set[nn.Module] = set()
+
+    def __enter__(self) -> Self:
+        found_by_name = nn.Module.__getattr__
+
+        def noted(module: nn.Module, name: str) -> Any:
+            if name == "weight" and module not in self.inside:
+                self.asked.add(module)
+            return found_by_name(module, name)
+
+        self._patch = mock.patch.object(nn.Module, "__getattr__", noted)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._patch.stop()
+        super().__exit__(*raised)
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
         self.inside.append(module)
@@ -238,7 +262,8 @@ class _OutsideReads(TorchFunctionMode):
     ) -> Any:
         for argument in (*args, *(kwargs or {}).values()):
             sharing = self.owners.get(id(argument), [])
-            if not any(module in self.inside for module in sharing):
+            outside = not any(module in self.inside for module in sharing)
+            if outside and (function not in _ASKS_A_KIND or self.asked.intersection(sharing)):
                 self.found.update(sharing)
         return function(*args, **(kwargs or {}))
 
