@@ -95,6 +95,22 @@ def test_long_modes_are_refined_without_all_their_eigenvectors(dtype, ranks) -> 
         )
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+@pytest.mark.parametrize("length", [1, 12, 40])
+def test_long_modes_of_a_tensor_of_lesser_rank(dtype, noise, length) -> None:
+    core = tensor_of((length, length, 2), dtype)
+    tensor = torch.einsum(
+        "abk,ia,jb->ijk", core, tensor_of((200, length), dtype), tensor_of((170, length), dtype)
+    )
+    tensor = tensor + noise * tensor_of((200, 170, 2), dtype)
+    found = tucker(tensor, (60, 50), (0, 1))
+    for factor in found.factors:
+        identity = torch.eye(factor.shape[1], dtype=dtype)
+        torch.testing.assert_close(factor.mT @ factor, identity, rtol=0, atol=1e-5)
+    assert found.relative_error(tensor) <= 1e-6
+
+
 @given(st.lists(st.integers(2, 9), min_size=3, max_size=4).map(tuple), seeds, st.data())
 def test_no_worse_than_tensorly(shape, seed, data) -> None:
     ranks = [data.draw(st.integers(1, length)) for length in shape]

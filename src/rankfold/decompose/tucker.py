@@ -256,8 +256,11 @@ def _towards_leading(gram: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     if length <= _SHORT or 2 * rank > length:
         return leading_eigenvectors(gram)[1][..., :rank]
     image = gram @ factor
-    unwanted = torch.linalg.eigvalsh(factor.mT @ image)[..., :1, None]
-    half = (unwanted / 2).clamp_min(torch.finfo(gram.dtype).tiny)
+    eigenvalues = torch.linalg.eigvalsh(factor.mT @ image)[..., None]
+    # What is rounding of the greatest is nothing to divide by: the tensor has a lesser rank.
+    rounding = torch.finfo(gram.dtype).eps * eigenvalues[..., -1:, :]
+    half = torch.maximum(eigenvalues[..., :1, :] / 2, rounding)
+    half = torch.where(half > 0, half, 1)
     before, filtered = factor, image / half - factor
     for _ in range(2):
         before, filtered = filtered, 2 * (gram @ filtered / half - filtered) - before
