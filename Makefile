@@ -3,7 +3,7 @@
 PYTHON ?= python3
 INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test docs bench bench-full examples decompositions clean
+.PHONY: demo test docs bench bench-full examples decompositions sweep clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/rankfold demo --threads 2 --force
@@ -34,6 +34,10 @@ examples: .venv-bench/installed
 decompositions: .venv-bench/installed
 	.venv-bench/bin/python benchmarks/decompositions.py
 
+# Every kind of model, one by one: an hour. What is done is not done again.
+sweep: .venv-bench/installed
+	.venv-bench/bin/python benchmarks/sweep.py
+
 .venv-demo/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/python $(INSTALL) -e .
@@ -57,4 +61,4 @@ decompositions: .venv-bench/installed
 	touch $@
 
 clean:
-	rm -rf site .venv-demo .venv-docs .venv-test .venv-bench rankfold-demo rankfold-demo.recovery.pt
+	rm -rf site .venv-demo .venv-docs .venv-test .venv-bench rankfold-demo .rankfold-demo.journal

@@ -42,6 +42,16 @@ def make_labelled() -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(images, model(images).argmax(1)) for images in make_data()]
 
 
+def make_perceptron() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 8)]
+    return nn.Sequential(*layers).eval()
+
+
+def make_vectors() -> list[torch.Tensor]:
+    return list(torch.randn(64, 32, generator=torch.Generator().manual_seed(1)).split(4))
+
+
 def make_nothing() -> list[torch.Tensor]:
     return []
 

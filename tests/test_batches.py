@@ -19,6 +19,7 @@ from rankfold.batches import (
     split_batch,
     tensors_of,
     to_device,
+    uncompiled,
 )
 from rankfold.errors import CalibrationError, ModelError
 
@@ -195,3 +196,18 @@ def test_a_single_batch_is_not_held_out() -> None:
     assert held_out_first([1], 8, 2) == ([1], 0, 1)
     with pytest.raises(CalibrationError, match="only once"):
         held_out_first(iter([1, 2]), 8, 2)
+
+
+def test_what_is_compiled_runs_as_it_is_written() -> None:
+    seen = []
+
+    def backend(graph, example):
+        seen.append(graph)
+        return graph
+
+    compiled = torch.compile(nn.Linear(3, 2), backend=backend)
+    given = torch.randn(4, 3)
+    with uncompiled():
+        expected = compiled(given)
+    assert not seen
+    assert torch.equal(compiled(given), expected) and seen

@@ -278,3 +278,56 @@ def test_a_kill_at_any_step_leaves_the_old_model_or_the_new(
         )
         rankfold.save(new, target, force=True)  # and what is left can be saved over
         assert torch.equal(rankfold.load(target, make_model)(batch), new(batch))
+
+
+def test_strides_that_overlap_are_refused(saved: Path) -> None:
+    document = json.loads((saved / "plan.json").read_text())
+    tensors = load_file(saved / "model.safetensors")
+    name = next(name for name, one in tensors.items() if one.dim() == 2 and len(set(one.shape)) > 1)
+    rows, columns = tensors[name].shape
+    # As many numbers from the first to the last as there are entries, some of them the same.
+    total = rows * columns - 1
+    first, second = next(
+        (a, (total - (rows - 1) * a) // (columns - 1))
+        for a in range(2, total)
+        if (total - (rows - 1) * a) % (columns - 1) == 0 and a != columns
+    )
+    for strides in ([first, second], [0, 1], [1, 1], [columns], [1.0, 1], [2**62, 1]):
+        document["strides"] = {name: strides}
+        (saved / "plan.json").write_text(json.dumps(document))
+        with pytest.raises(CheckpointError, match="strides of"):
+            rankfold.load(saved, make_model)
+
+
+def test_links_in_a_directory_have_nothing_else_written(saved: Path, tmp_path: Path) -> None:
+    """It may be from someone else, who would like another file of the user's overwritten."""
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    loaded = rankfold.load(saved, make_model)
+    for name in ("model.safetensors.new", "plan.json.new", "report.html"):
+        (saved / name).symlink_to(mine)
+    rankfold.save(loaded, saved, force=True)
+    rankfold.write_report(rankfold.checkpoint.read_record(saved), saved / "report.html")
+    assert mine.read_text() == "mine"
+    assert not any(path.is_symlink() for path in saved.iterdir())
+
+
+@pytest.mark.parametrize("words", ["\x1b[2J", "\u202e"])
+def test_names_that_a_terminal_would_obey_are_refused(saved: Path, words: str) -> None:
+    document = json.loads((saved / "plan.json").read_text())
+    document["plan"]["layers"][0]["reason"] = words
+    (saved / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="control characters") as error:
+        rankfold.load(saved, make_model)
+    assert str(error.value).isprintable()
+
+
+def test_an_elastic_part_of_other_layers_is_refused(saved: Path) -> None:
+    analysis = rankfold.analyze(make_model(), [make_data()[0]], metric="weight", layers="head")
+    document = json.loads((saved / "plan.json").read_text())
+    document["elastic"] = checkpoint._elastic_to_json(analysis)
+    document["plan"]["layers"] = document["plan"]["layers"][:1]
+    document["plan"]["layers"][0]["name"] = "other"
+    (saved / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError):
+        rankfold.load(saved, make_model)

@@ -1,12 +1,16 @@
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import rankfold
 from rankfold.cli import console, main
+from rankfold.cli.inputs import origin_of
+from rankfold.journal import Journal
 
 DATA = ["--data", "networks:make_data"]
 MODEL = ["networks:make_model", *DATA]
@@ -39,7 +43,7 @@ def test_compress_then_evaluate_tell_the_same(monkeypatch, capsys) -> None:
         assert {"parameters", "macs", "latency_ms", "metric"} <= told[side].keys()
     assert told["after"]["macs"] <= 0.5 * told["before"]["macs"]
     assert told["before"]["metric"] == 1.0
-    again = run_json(monkeypatch, capsys, "evaluate", "small")
+    again = run_json(monkeypatch, capsys, "evaluate", "small", "--trust")
     for key in ("parameters", "macs", "metric"):
         assert again["after"][key] == told["after"][key]
         assert again["before"][key] == told["before"][key]
@@ -50,16 +54,18 @@ def test_an_elastic_network_is_sliced(monkeypatch, capsys) -> None:
     arguments = ["--macs", "0.7", "--elastic", "0.4", "--epochs", "1", "--out", "elastic"]
     assert run(monkeypatch, "compress", *MODEL, *arguments) == 0
     capsys.readouterr()
-    told = run_json(monkeypatch, capsys, "slice", "elastic", "--macs", "0.5", "--out", "small")
+    told = run_json(
+        monkeypatch, capsys, "slice", "elastic", "--macs", "0.5", "--out", "small", "--trust"
+    )
     plan = told["plan"]
     assert told["out"] == "small" and plan["request"] == {"macs": 0.5}
     assert plan["after"]["macs"] <= 0.5 * plan["before"]["macs"]
-    again = run_json(monkeypatch, capsys, "evaluate", "small")
+    again = run_json(monkeypatch, capsys, "evaluate", "small", "--trust")
     assert again["after"]["macs"] == plan["after"]["macs"]
-    more = ["--merge", "networks:make_data"]
+    more = ["--merge", "networks:make_data", "--trust"]
     assert run(monkeypatch, "slice", "elastic", "--macs", "0.4", "--out", "least", *more) == 0
     assert "saved to least" in capsys.readouterr().out
-    assert run(monkeypatch, "evaluate", "least") == 0
+    assert run(monkeypatch, "evaluate", "least", "--trust") == 0
 
 
 def test_out_may_be_the_working_directory_or_below_one_that_is_not_there(monkeypatch) -> None:
@@ -185,7 +191,9 @@ def test_bad_input_is_one_line_and_status_2(monkeypatch, capsys, arguments, mess
     assert printed.out == ""
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
-    assert sorted(str(path) for path in Path().rglob("*")) == before
+    # But for what was finished before.
+    after = [path for path in Path().rglob("*") if ".x.journal" not in path.parts]
+    assert sorted(map(str, after)) == before
 
 
 def test_the_program_is_installed() -> None:
@@ -204,20 +212,27 @@ def test_a_saved_model_is_reported_and_exported(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "report", "small", "--out", "again.html", "--title", "Again") == 0
     assert "<title>Again</title>" in Path("again.html").read_text()
     capsys.readouterr()
-    told = run_json(monkeypatch, capsys, "export", "small", "small.onnx", "--threads", "1")
+    told = run_json(
+        monkeypatch, capsys, "export", "small", "small.onnx", "--threads", "1", "--trust"
+    )
     assert told["path"] == "small.onnx" and told["dynamic"] == ["batch"]
     assert told["metric"][0] == told["metric"][1] and told["output_error"] < 1e-5
-    assert run(monkeypatch, "export", "small", "small.pt2", "--dynamic", "none", "--no-fold") == 0
+    assert (
+        run(
+            monkeypatch, "export", "small", "small.pt2", "--trust", "--dynamic", "none", "--no-fold"
+        )
+        == 0
+    )
     assert "size of the file" in capsys.readouterr().out
-    assert run(monkeypatch, "export", "small", "source") == 0
+    assert run(monkeypatch, "export", "small", "source", "--trust") == 0
     capsys.readouterr()
     assert {path.name for path in Path("source").iterdir()} == {
         "architecture.py",
         "model.safetensors",
     }
-    told = run_json(monkeypatch, capsys, "export", "small", "other.d", "--to", "python")
+    told = run_json(monkeypatch, capsys, "export", "small", "other.d", "--to", "python", "--trust")
     assert told == {"path": "other.d/architecture.py"}
-    assert run(monkeypatch, "export", "small", "small.xyz") == 2
+    assert run(monkeypatch, "export", "small", "small.xyz", "--trust") == 2
     assert "does not tell the format" in capsys.readouterr().err
 
 
@@ -275,10 +290,73 @@ def test_quiet_is_quiet_and_the_version_is_said(monkeypatch, capsys) -> None:
     arguments = [*MODEL, "--macs", "0.5", "--epochs", "0", "--loss-metric", "weight"]
     assert run(monkeypatch, "--quiet", "compress", *arguments, "--out", "small") == 0
     assert capsys.readouterr() == ("", "")
-    told = run_json(monkeypatch, capsys, "--quiet", "evaluate", "small")
+    told = run_json(monkeypatch, capsys, "--quiet", "evaluate", "small", "--trust")
     assert "after" in told
-    assert run(monkeypatch, "evaluate", "small") == 0
+    assert run(monkeypatch, "evaluate", "small", "--trust") == 0
     assert "latency per batch" in capsys.readouterr().out
+
+
+# Without 2-D convolutions no memory format is chosen by the clock.
+SIGNALS = ["networks:make_perceptron", "--data", "networks:make_vectors", "--params", "0.6"]
+
+
+def weights(name: str) -> bytes:
+    return Path(name, "model.safetensors").read_bytes()
+
+
+def test_killed_and_started_again_it_ends_with_the_same(monkeypatch, capsys) -> None:
+    run_json(monkeypatch, capsys, "compress", *SIGNALS, "--threads", "1", "--out", "whole")
+    assert not list(Path().glob(".*"))
+    command = [str(Path(sys.executable).with_name("rankfold")), "compress", *SIGNALS]
+    command += ["--threads", "1", "--out", "small"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(command, env=environment)
+    until = time.monotonic() + 120
+    while not list(Path().glob(".small.journal/analysis/*.entry")) and time.monotonic() < until:
+        time.sleep(0.005)
+    assert run(monkeypatch, "compress", *SIGNALS, "--threads", "1", "--out", "small") == 2
+    assert f"in use by process {process.pid} on" in " ".join(capsys.readouterr().err.split())
+    process.kill()
+    process.wait()
+    assert not Path("small").exists()
+    other = [*SIGNALS[:-1], "0.5", "--threads", "1", "--out", "small"]
+    assert run(monkeypatch, "compress", *other) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "params was 0.6, is 0.5" in told and "--force" in told
+    run_json(monkeypatch, capsys, "compress", *SIGNALS, "--threads", "1", "--out", "small")
+    assert weights("small") == weights("whole")
+    assert not list(Path().glob(".*"))
+
+
+def test_killed_while_the_model_is_put_in_place_it_is_whole_or_not_there(
+    monkeypatch, capsys
+) -> None:
+    arguments = ["compress", *SIGNALS, "--out", "small"]
+    remove = Journal.remove
+    monkeypatch.setattr(Journal, "remove", lambda journal: None)
+    run_json(monkeypatch, capsys, *arguments)
+    before = weights("small")
+    monkeypatch.setattr(Journal, "remove", remove)
+    run_json(monkeypatch, capsys, *arguments)  # nothing was left to do but to clear up
+    assert weights("small") == before and not list(Path().glob(".*"))
+    assert run(monkeypatch, *arguments) == 2
+    assert "small exists" in capsys.readouterr().err
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    other = ["compress", *SIGNALS[:-1], "0.5", "--force", "--out"]
+    module = sys.modules["rankfold.cli.compress"]
+    for out, holder, name in (("new", Path, "rename"), ("small", module, "replace_file")):
+        with monkeypatch.context() as patched:
+            patched.setattr(holder, name, stop)
+            assert run(patched, *other, out) == 130
+        assert Path(out).exists() == (out == "small")
+        run_json(monkeypatch, capsys, *other, out)
+        assert weights(out) != before and not list(Path().glob(".*"))
+    assert weights("new") == weights("small")
+    reports = [Path(out, "report.html").read_text() for out in ("new", "small")]
+    assert len(reports[0]) > 1000 and '"params": 0.5' in reports[1]
 
 
 def test_logs_get_a_line_now_and_then(monkeypatch, capsys) -> None:
@@ -291,3 +369,45 @@ def test_logs_get_a_line_now_and_then(monkeypatch, capsys) -> None:
     assert 10 <= len(lines) <= 13 and "\x1b" not in "".join(lines)
     assert list(console.progress(iter("abc"), "soon done")) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_saved_model_names_is_run_only_if_it_is_trusted(monkeypatch, capsys) -> None:
+    arguments = [*MODEL, *LABELLED, "--macs", "0.5", "--epochs", "0", "--out", "small"]
+    assert run(monkeypatch, "compress", *arguments, "--loss-metric", "weight") == 0
+    Path("evil.py").write_text("raise SystemExit('run')")
+    document = json.loads(Path("small/plan.json").read_text())
+    document["origin"] = dict.fromkeys(("model", "data", "test", "metric", "forward"), "evil:it")
+    Path("small/plan.json").write_text(json.dumps(document))
+    capsys.readouterr()
+    for command in (
+        ["evaluate", "small"],
+        ["export", "small", "small.onnx"],
+        ["slice", "small", "--out", "x", "--macs", "0.3"],
+    ):
+        assert run(monkeypatch, *command) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "--trust" in told and "evil:it" in told
+    # Naming model and data does not make the rest of it trusted.
+    assert run(monkeypatch, "evaluate", "small", "--model", MODEL[0], *DATA) == 0
+    assert "evil" not in sys.modules
+    assert run(monkeypatch, "evaluate", "small", "--trust") == "run"
+
+
+def test_the_network_that_ships_with_it_needs_no_trust(tmp_path) -> None:
+    (tmp_path / "plan.json").write_text(
+        json.dumps(
+            {
+                **{key: {} for key in ("plan", "strides")},
+                **dict.fromkeys(("source_sha256", "weights_sha256"), ""),
+                "origin": {"model": "rankfold.demo:make_model", "data": "rankfold.demo:os.abort"},
+            }
+        )
+    )
+    assert origin_of(tmp_path, False) == {"model": "rankfold.demo:make_model"}
+
+
+def test_a_recipe_that_is_hostile_is_one_line(monkeypatch, capsys) -> None:
+    for text in ("macs = " + "9" * 10_000, "keep = " + "[" * 5000 + "]" * 5000, "model = 1\n" * 2):
+        Path("it.toml").write_text(text)
+        assert run(monkeypatch, "compress", "--config", "it.toml") == 2
+        assert "cannot be read" in capsys.readouterr().err

@@ -2,13 +2,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankfold.documents import read
+from rankfold.documents import check_tame, read, read_json
 from rankfold.errors import PlanError
 
 
@@ -109,3 +110,52 @@ def test_what_has_a_default_may_be_missing() -> None:
     with pytest.raises(PlanError, match="'pair' is missing"):
         del needed["pair"]
         read(Whole, needed, "file")
+
+
+@given(anything)
+def test_json_in_a_file_is_read_as_it_is(tmp_path_factory, document) -> None:
+    path = tmp_path_factory.mktemp("json") / "it.json"
+    path.write_text(json.dumps(document))
+    try:
+        check_tame(document)
+    except PlanError:
+        with pytest.raises(PlanError):
+            read_json(path)
+    else:
+        assert json.dumps(read_json(path)) == json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "Expecting value"),
+        (b"\xef\xbb\xbf{}", "BOM"),
+        (b"\xff\xfe{\0}\0", "can't decode"),
+        (b'{"a": 1, "b": 2, "a": 1}', "'a' is there twice"),
+        (b"9" * 10_000, "digits"),
+        (b"[" * 100_000 + b"]" * 100_000, "recursion"),
+        (b"[" * 40 + b"]" * 40, "more than 32 levels"),
+        (b"[9223372036854775808]", "more than 64 bits"),
+        (b'["\\ud800"]', "control characters"),
+        (b'{"\\u001b[2J": 0}', "control characters in '"),
+        ('{"a": "\u202egnp.exe"}'.encode(), "control characters"),
+    ],
+)
+def test_documents_that_are_not_tame_are_refused(tmp_path: Path, text, words) -> None:
+    path = tmp_path / "it.json"
+    path.write_bytes(text)
+    with pytest.raises(PlanError) as error:
+        read_json(path)
+    assert words in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_what_is_no_regular_file_or_too_large_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no regular file"):
+        read_json(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "absent")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(2**27)
+    with pytest.raises(PlanError, match="134217728 bytes are more"):
+        read_json(tmp_path / "large")

@@ -11,21 +11,23 @@ import rankfold
 
 SOURCE = Path(rankfold.__file__).parent
 FLOORS = [
-    {"errors", "progress", "tables", "version"},
+    {"errors", "files", "memory", "progress", "tables", "version", "without_weights"},
     {"documents"},
+    {"shards"},
     {"ranks"},
     {"decompose"},
     {"layers"},
     {"methods", "nn"},
     {
         *("plan", "knapsack", "batches", "fingerprint", "cost", "replacement", "unfusing"),
-        *("merging", "narrowing", "runtime", "pretrained", "processes"),
+        *("copies", "merging", "narrowing", "runtime", "pretrained", "processes"),
+        *("journal", "request"),
     },
     {"analysis", "measure"},
     {"distances"},
     {"recover", "refit", "sparsity", "outlook", "record", "products"},
     {"factorize", "deployment", "elastic", "card"},
-    {"checkpoint", "search", "compress", "training"},
+    {"checkpoint", "search", "compress", "training", "from_disk"},
     {"demo", "imports", "picture", "report", "export"},
     {"cli"},
     {"__main__"},

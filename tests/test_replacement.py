@@ -108,3 +108,22 @@ def test_within_a_swap_the_network_computes_with_the_others() -> None:
         with swapped(model, {model[0]: other}) as network:
             assert torch.equal(network(batch), model[1](other(batch)))
         assert torch.equal(model(batch), outputs)
+
+
+def test_a_replacement_answers_for_the_layer() -> None:
+    """Models that pad by a layer's dilation, or ask for its width, still can."""
+    model = nn.Sequential(nn.Conv1d(2, 4, 3, dilation=2), nn.Linear(4, 6), nn.Embedding(5, 3))
+    new = [nn.Sequential(nn.Conv1d(2, 4, 1)), nn.Sequential(), nn.Sequential()]
+    put_in_place(model, dict(zip(list(model), new, strict=True)))
+    assert model[0].dilation == (2,) and model[0].kernel_size == (3,)
+    assert (model[1].in_features, model[1].out_features) == (4, 6)
+    assert (model[2].num_embeddings, model[2].embedding_dim) == (5, 3)
+    assert not any(one.state_dict() for one in model[1:])
+
+
+def test_what_replaces_a_replacement_answers_too() -> None:
+    """As a chain does that has lost a factor by merging."""
+    model = nn.Sequential(nn.Conv1d(2, 4, 3, dilation=2))
+    for _ in range(2):
+        put_in_place(model, {model[0]: nn.Sequential(nn.Conv1d(2, 4, 1))})
+    assert model[0].dilation == (2,)

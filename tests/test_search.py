@@ -166,6 +166,13 @@ def test_compress_by_latency_and_by_drop() -> None:
     assert record.plan.after.macs < record.plan.before.macs
     with pytest.raises(BudgetError, match="not for both"):
         rankfold.compress(model, data, max_drop=0.2, macs=0.5)
+    unasked, asked = (
+        rankfold.record_of(
+            rankfold.compress(model, data, epochs=0, loss_metric="weight", **drop)
+        ).plan
+        for drop in ({}, {"max_drop": 0.01})
+    )
+    assert unasked == asked and unasked.factorized
     small = rankfold.compress(model, data, latency=0.99, epochs=0, loss_metric="weight")
     record = rankfold.record_of(small)
     assert set(record.plan.request) == {"latency"} and record.comparison is not None

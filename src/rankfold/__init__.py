@@ -21,6 +21,7 @@ from rankfold.errors import (
     CalibrationError,
     CheckpointError,
     DeviceError,
+    JournalError,
     ModelError,
     PlanError,
     RankError,
@@ -30,6 +31,7 @@ from rankfold.errors import (
 )
 from rankfold.export import Exported, export, write_source
 from rankfold.factorize import factorize
+from rankfold.from_disk import compress_from_disk
 from rankfold.measure import Comparison, Measurement, accuracy, measure
 from rankfold.plan import Plan
 from rankfold.products import ProductTimes, choose_products
@@ -48,6 +50,7 @@ __all__ = [
     "Data",
     "DeviceError",
     "Exported",
+    "JournalError",
     "Measurement",
     "ModelError",
     "Overrides",
@@ -66,6 +69,7 @@ __all__ = [
     "analyze",
     "choose_products",
     "compress",
+    "compress_from_disk",
     "export",
     "factorize",
     "fold_batch_norms",

@@ -13,6 +13,7 @@ function of the user's, `forward(model, batch) -> output`, which replaces the ru
 import copy
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -198,6 +199,16 @@ def running(model: nn.Module, train: bool = False) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within: what `torch.compile` made runs as it is written, so that hooks see it."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def run_or_explain(forward: Forward, model: nn.Module, batch: Any, index: int) -> Any:

@@ -6,8 +6,9 @@ A saved model is a directory:
     plan.json           what was done to which layer, what it cost and brought, and the SHA-256 of
                         the weights file that it belongs to
 
-and for a model of transformers its config.json, generation_config.json, tokenizer files, so that it
-can be loaded without anything else, and a card (README.md).
+or, of a model that was too large for memory, several files and their index in the place of
+model.safetensors; and for a model of transformers its config.json, generation_config.json,
+tokenizer files, so that it can be loaded without anything else, and a card (README.md).
 
 Saving is atomic. A new directory is written beside its place and renamed into it. Over an old one,
 the new weights are written under the name model.safetensors.new, plan.json is replaced by a rename,
@@ -15,7 +16,6 @@ which is the moment the new model takes effect, and then the weights get their p
 at any point leaves a plan.json whose weights are there under one of the two names.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -26,17 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from rankfold import processes
 from rankfold.analysis import Analysis
-from rankfold.analysis.storage import from_document, to_document
+from rankfold.analysis.storage import from_document, read_tensors, to_document
 from rankfold.card import model_card
-from rankfold.documents import read
+from rankfold.copies import copy_of
+from rankfold.documents import read, read_json
 from rankfold.errors import CheckpointError, ModelError, PlanError, RankError
 from rankfold.factorize import replace_layers
+from rankfold.files import replace_file
 from rankfold.layers import StructuredLinear
 from rankfold.measure import Comparison
 from rankfold.merging import Pair, merge_pairs
@@ -44,9 +45,10 @@ from rankfold.methods import reduction
 from rankfold.narrowing import Removal, narrow
 from rankfold.outlook import Outlook
 from rankfold.plan import LayerPlan, Plan
-from rankfold.pretrained import build_pretrained, is_pretrained, write_files
+from rankfold.pretrained import empty_pretrained, is_pretrained, write_files
 from rankfold.record import Record, attach_record, record_of
 from rankfold.recover import Recovery
+from rankfold.shards import INDEX, SHARD, Shards
 from rankfold.version import __version__
 
 Pathlike = str | os.PathLike[str]
@@ -78,39 +80,72 @@ def save(
     record = record_of(model)
     target = Path(directory)
     check_target(target, force)
-    tensors = dict(_tensors_once(model))
-    plan_document = {
-        "rankfold": __version__,
-        "torch": torch.__version__,
-        "plan": record.plan.to_json(),
-        "source_sha256": record.source_sha256,
-        "strides": _unusual_strides(tensors),
-        "recovery": None if record.recovery is None else asdict(record.recovery),
-        "comparison": None if record.comparison is None else asdict(record.comparison),
-        "outlook": None if record.outlook is None else record.outlook.to_json(),
-        "merged": record.merged,
-        "removed": [removal.to_json() for removal in record.removed],
-        "elastic": None if record.elastic is None else _elastic_to_json(record.elastic),
-        "by_weight": [name for name, layer in _structured(model) if layer.uses_weight],
-        "origin": dict(origin or {}),
-    }
+    tensors = dict(tensors_once(model))
+    document = plan_document(
+        record,
+        strides=_unusual_strides(tensors),
+        by_weight=[name for name, layer in _structured(model) if layer.uses_weight],
+        origin=origin,
+    )
     base = Path(str(getattr(model, "name_or_path", "") or "")).name
     card = model_card(record, target.name, base or None)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             write_files(model, target, card)
-            _write(target, INCOMING, tensors, plan_document)
+            _write(target, INCOMING, tensors, document)
             (target / INCOMING).replace(target / WEIGHTS)
         else:
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as room:
                 beside = Path(room) / "new"
                 beside.mkdir()
                 write_files(model, beside, card)
-                _write(beside, WEIGHTS, tensors, plan_document)
+                _write(beside, WEIGHTS, tensors, document)
                 beside.rename(target)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def plan_document(
+    record: Record,
+    *,
+    strides: Mapping[str, list[int]] | None = None,
+    by_weight: Sequence[str] = (),
+    origin: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What plan.json holds, but for the digest of the weights."""
+    return {
+        "rankfold": __version__,
+        "torch": torch.__version__,
+        "plan": record.plan.to_json(),
+        "source_sha256": record.source_sha256,
+        "strides": dict(strides or {}),
+        "recovery": None if record.recovery is None else asdict(record.recovery),
+        "comparison": None if record.comparison is None else asdict(record.comparison),
+        "outlook": None if record.outlook is None else record.outlook.to_json(),
+        "merged": record.merged,
+        "removed": [removal.to_json() for removal in record.removed],
+        "elastic": None if record.elastic is None else _elastic_to_json(record.elastic),
+        "by_weight": list(by_weight),
+        "origin": dict(origin or {}),
+    }
+
+
+def write_plan_document(
+    directory: Path, document: Mapping[str, Any], weights: str, shards: Sequence[str] = ()
+) -> None:
+    """Write plan.json at once, with the digest of a file of weights, or of an index and shards."""
+    whole = {**document, "weights_sha256": _file_sha256(directory / weights)}
+    if shards:
+        whole["shards"] = {name: _file_sha256(directory / name) for name in shards}
+
+    def write(path: Path) -> None:
+        path.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        _flush(path)
+        for name in (weights, *shards):
+            (directory / name).chmod(path.stat().st_mode)  # safetensors makes it private
+
+    replace_file(directory / PLAN, write)
 
 
 def load(
@@ -133,9 +168,9 @@ def load(
     tensors = _read_tensors(source, document)
     if like is None and not is_pretrained(source):
         raise CheckpointError(f"{source} does not say what network it is of: give like=")
-    model = build_pretrained(source) if like is None else _build(like)
-    if device is not None:
-        model.to(device)
+    model = empty_pretrained(source) if like is None else _build(like)
+    if device is not None and like is not None:
+        model.to(device)  # a model on the meta device goes there once it is filled
 
     def skeleton(entry: LayerPlan, layer: nn.Module) -> nn.Module:
         method = entry.make_method()
@@ -152,10 +187,12 @@ def load(
     except (PlanError, RankError) as error:
         raise CheckpointError(f"{source} is of another network: {error}") from error
     _fill(model, tensors, document["strides"], source)
+    if device is not None and like is None:
+        model.to(device)
     by_weight = document.get("by_weight", [])
     for name, layer in _structured(model):
         layer.use_weight(isinstance(by_weight, list) and name in by_weight)
-    elastic = _elastic_from_json(document, source)
+    elastic = _elastic_from_json(document, plan, source)
     record = Record(
         plan, document["source_sha256"], elastic=elastic, merged=merged, removed=removed
     )
@@ -197,10 +234,10 @@ def read_plan_document(directory: Pathlike) -> dict[str, Any]:
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory} is not a directory")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} is no saved model: it has no {PLAN}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, PlanError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     for key, kind in {
         "plan": dict,
@@ -211,6 +248,8 @@ def read_plan_document(directory: Pathlike) -> dict[str, Any]:
     }.items():
         if not isinstance(document, dict) or not isinstance(document.get(key), kind):
             raise CheckpointError(f"{path} is damaged or not of rankfold: '{key}' is missing")
+    if not all(isinstance(name, str) for name in document["origin"].values()):
+        raise CheckpointError(f"{path} is damaged: 'origin' is {document['origin']!r:.80}")
     return document
 
 
@@ -226,7 +265,7 @@ def _elastic_to_json(analysis: Analysis) -> dict[str, Any]:
     return {**document, "tensors": {name: tensor.tolist() for name, tensor in tensors.items()}}
 
 
-def _elastic_from_json(document: Mapping[str, Any], source: Path) -> Analysis | None:
+def _elastic_from_json(document: Mapping[str, Any], plan: Plan, source: Path) -> Analysis | None:
     found = document.get("elastic")
     if found is None:
         return None
@@ -235,11 +274,14 @@ def _elastic_from_json(document: Mapping[str, Any], source: Path) -> Analysis | 
             name: torch.tensor(value, dtype=_INTEGRAL.get(name.rpartition(".")[2], torch.float64))
             for name, value in found["tensors"].items()
         }
-        return from_document(found, tensors)
+        analysis = from_document(found, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{source / PLAN}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{source / PLAN} is damaged: 'elastic': {error!r}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{source / PLAN} is damaged: 'elastic': {error!r:.200}") from error
+    if [layer.name for layer in analysis.layers] != [layer.name for layer in plan.layers]:
+        raise CheckpointError(f"{source / PLAN} is damaged: 'elastic' is of other layers")
+    return analysis
 
 
 def _plan_of(document: Mapping[str, Any], source: Path) -> Plan:
@@ -304,17 +346,13 @@ def _write(
     directory: Path, weights: str, tensors: dict[str, torch.Tensor], document: dict[str, Any]
 ) -> None:
     """Write weights under the name given, then plan.json by a rename; both reach the disk."""
+    (directory / weights).unlink(missing_ok=True)  # a link would have another file written
     save_file(
         {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
         directory / weights,
     )
     _flush(directory / weights)
-    document["weights_sha256"] = _file_sha256(directory / weights)
-    beside = directory / (PLAN + ".new")
-    beside.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    _flush(beside)
-    (directory / weights).chmod(beside.stat().st_mode)  # safetensors makes it private
-    beside.replace(directory / PLAN)
+    write_plan_document(directory, document, weights)
 
 
 def _flush(path: Path) -> None:
@@ -327,12 +365,14 @@ def _file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _tensors_once(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_once(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The state dict, each shared tensor under its first name alone."""
     seen = set()
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"the state '{name}' is no tensor and cannot be saved")
+            raise CheckpointError(
+                f"the state '{name}' is no tensor, and nothing is pickled: let it be one"
+            )
         if id(value) not in seen:
             seen.add(id(value))
             yield name, value
@@ -355,23 +395,45 @@ def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def _read_tensors(source: Path, document: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The weights that belong to the plan document, under whichever name a save left them."""
+    if "shards" in document:
+        return _read_shards(source, document)
     found = [source / name for name in (WEIGHTS, INCOMING) if (source / name).is_file()]
     if not found:
         raise CheckpointError(f"{source} is no saved model: it has no {WEIGHTS}")
     for path in found:
         if _file_sha256(path) == document["weights_sha256"]:
-            try:
-                return load_file(path)
-            except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{path} is damaged: {error}") from error
+            return read_tensors(path)
     raise CheckpointError(
         f"{found[0]} is damaged or does not belong to {PLAN}: its SHA-256 is another"
     )
 
 
+def _read_shards(source: Path, document: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of several files, each backed by its file."""
+    digests = {INDEX: document["weights_sha256"], **_digests_of_shards(document, source)}
+    for name, digest in digests.items():
+        if not (source / name).is_file():
+            raise CheckpointError(f"{source} is damaged: it has no {name}")
+        if _file_sha256(source / name) != digest:
+            raise CheckpointError(f"{source / name} is damaged: its SHA-256 is another")
+    shards = Shards.of(source)
+    if unknown := {path.name for path in shards.files} - digests.keys():
+        raise CheckpointError(f"{source / INDEX} names {min(unknown)}, of which {PLAN} knows not")
+    return {name: shards.tensor(name) for name in shards.file_of}
+
+
+def _digests_of_shards(document: Mapping[str, Any], source: Path) -> dict[str, str]:
+    found = document["shards"]
+    if not isinstance(found, dict) or not all(
+        SHARD.fullmatch(name) and isinstance(digest, str) for name, digest in found.items()
+    ):
+        raise CheckpointError(f"{source / PLAN} is damaged: 'shards' is {found!r:.80}")
+    return found
+
+
 def _build(like: Callable[[], nn.Module] | nn.Module) -> nn.Module:
     if isinstance(like, nn.Module):
-        return copy.deepcopy(like)
+        return copy_of(like)
     try:
         model = like()
     except Exception as error:
@@ -385,7 +447,7 @@ def _fill(
     model: nn.Module, tensors: dict[str, torch.Tensor], strides: Mapping[str, Any], source: Path
 ) -> None:
     """Copy the tensors into the model's; CheckpointError, naming them, for any that differ."""
-    expected = dict(_tensors_once(model))
+    expected = dict(tensors_once(model))
     for what, names in (
         ("lacks", expected.keys() - tensors.keys()),
         ("has, unknown to the network,", tensors.keys() - expected.keys()),
@@ -412,7 +474,11 @@ def _fill(
                 own.data = _with_strides(
                     own, strides[name], f"{source / PLAN}: strides of '{name}'"
                 )
-            own.copy_(tensor)
+            if own.is_meta:
+                filled = torch.empty_like(own, device="cpu").copy_(tensor)
+                torch.utils.swap_tensors(own, nn.Parameter(filled, own.requires_grad))
+            else:
+                own.copy_(tensor)
 
 
 def _with_strides(tensor: torch.Tensor, strides: Any, where: str) -> torch.Tensor:
@@ -423,7 +489,11 @@ def _with_strides(tensor: torch.Tensor, strides: Any, where: str) -> torch.Tenso
         or not all(type(stride) is int and 0 < stride <= tensor.numel() for stride in strides)
     ):
         raise CheckpointError(f"{where} are {strides!r:.80}")
-    laid_out = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
-    if laid_out.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-        raise CheckpointError(f"{where} are {strides}, which does not fit {tuple(tensor.shape)}")
-    return laid_out
+    gapless = 1
+    for stride, length in sorted(zip(strides, tensor.shape, strict=True)):
+        if length > 1 and stride != gapless:
+            raise CheckpointError(
+                f"{where} are {strides}, which does not fit {tuple(tensor.shape)}"
+            )
+        gapless *= length
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)

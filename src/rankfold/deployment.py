@@ -5,7 +5,6 @@ merged afterwards. Which maps follow each other is seen while the network runs o
 not every network can be traced (`rankfold.analysis.readers`).
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -16,7 +15,16 @@ from torch import nn
 
 from rankfold.analysis.readers import Readers
 from rankfold.analysis.survey import check_weights
-from rankfold.batches import Forward, device_of, run, run_or_explain, tensors_of, to_device
+from rankfold.batches import (
+    Forward,
+    device_of,
+    run,
+    run_or_explain,
+    tensors_of,
+    to_device,
+    uncompiled,
+)
+from rankfold.copies import copy_of
 from rankfold.errors import ModelError, PlanError
 from rankfold.merging import Pair, channel_dimension, is_layer, is_norm, merge_pairs, merged
 from rankfold.record import attach_record, record_of
@@ -60,7 +68,7 @@ def _merge(
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a TorchScript model cannot be looked into: pass the module it came from")
     check_weights(model)
-    small = copy.deepcopy(model).eval()
+    small = copy_of(model).eval()
     batch = to_device(example, device_of(small))
     pairs = tuple(_pairs(small, _watch(small, batch, forward), wanted))
     # Of the unwatched network: hooks keep some of torch's modules off their fast path.
@@ -101,7 +109,8 @@ def _watch(model: nn.Module, batch: Any, forward: Forward) -> Readers:
         return outputs
 
     try:
-        _outputs(model, batch, watched)
+        with uncompiled():
+            _outputs(model, batch, watched)
     finally:
         for hook in readers.hooks:
             hook.remove()

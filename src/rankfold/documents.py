@@ -1,14 +1,72 @@
-"""Frozen dataclasses read from JSON documents, of which nothing is believed unchecked."""
+"""JSON documents and frozen dataclasses read from them, of which nothing is believed unchecked."""
 
+import json
 import math
+import stat
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from rankfold.errors import PlanError
+from rankfold.errors import UNPRINTABLE, PlanError
 
 T = TypeVar("T")
+
+_MOST_BYTES = 64 * 2**20
+_DEEPEST = 32
+_GREATEST = 2**63 - 1
+
+
+def read_json(path: Path) -> Any:
+    """The JSON document in a file, of tame numbers, texts and depth.
+
+    Raises PlanError for a file that is no regular one, has more than 64 MiB, or is not JSON in
+    UTF-8; and for keys that are there twice, integers of more than 64 bits, more than 32 levels,
+    and texts with control characters. OSError, if it cannot be read, is left to the caller.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise PlanError("it is no regular file")
+    if about.st_size > _MOST_BYTES:
+        raise PlanError(f"its {about.st_size} bytes are more than {_MOST_BYTES}")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # of text, numbers and JSON that are none
+        raise PlanError(str(error)) from error
+    check_tame(document)
+    return document
+
+
+def check_tame(document: Any) -> None:
+    """Raise PlanError for what nothing that rankfold writes holds: see `read_json`."""
+    level = [document]
+    for _ in range(_DEEPEST):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value.keys()
+                below += value.values()
+            elif isinstance(value, list | tuple):
+                below += value
+            elif isinstance(value, str):
+                if UNPRINTABLE.search(value):
+                    raise PlanError(f"control characters in {value[:80]!a}")
+            elif isinstance(value, int) and abs(value) > _GREATEST:
+                raise PlanError("an integer of more than 64 bits")
+        if not below:
+            return
+        level = below
+    raise PlanError(f"more than {_DEEPEST} levels")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise PlanError(f"'{twice:.80}' is there twice")
+    return found
 
 
 def read(kind: type[T], document: Any, where: str) -> T:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from rankfold import processes
 from rankfold.analysis import Analysis
 from rankfold.batches import Data, Forward, run
+from rankfold.copies import copy_of
 from rankfold.distances import Distance, SquaredError
 from rankfold.errors import BudgetError, PlanError, RankError
 from rankfold.layers import CONVOLUTIONS, balance_factors
@@ -135,7 +136,7 @@ def slice_to(model: nn.Module, **budget: float) -> nn.Module:
     if record.merged or record.removed:
         raise PlanError("layers were merged, or channels taken out: slice it before")
     plan = _sliced_plan(record.plan, record.elastic, budget)
-    small = copy.deepcopy(model)
+    small = copy_of(model)
     made: dict[nn.Module, nn.Module] = {}
     for before, after in zip(record.plan.layers, plan.layers, strict=True):
         if before.rank != after.rank:

@@ -9,15 +9,30 @@ RankfoldError
 ├── BudgetError             a budget that cannot be reached; `.smallest` can
 ├── PlanError               a plan that does not fit the model, or is not a plan
 ├── CheckpointError         a saved model that is missing, damaged or foreign
-└── DeviceError             a device that this machine does not have
+│   └── JournalError        a journal of other work, or one that another process holds
+└── DeviceError             a device that this machine does not have, or whose memory is too small
 """
+
+import re
+
+# Control characters but tab and line feed, what turns the direction of text, and halves of
+# surrogate pairs: a terminal obeys some of them, and others cannot be written.
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+_LONGEST = 1000  # characters of a message
 
 
 class RankfoldError(Exception):
     """Root of all errors that rankfold raises on purpose."""
 
     def __str__(self) -> str:
-        return "; ".join([super().__str__(), *getattr(self, "__notes__", [])])
+        """In printable characters and of some length at most: names may be from anywhere."""
+        text = "; ".join([super().__str__(), *getattr(self, "__notes__", [])])
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"
+        return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class ModelError(RankfoldError):
@@ -56,5 +71,9 @@ class CheckpointError(RankfoldError):
     """A saved model or training state that is missing, damaged, mismatched or foreign."""
 
 
+class JournalError(CheckpointError):
+    """A journal of other work than what was asked for, or one that another process holds."""
+
+
 class DeviceError(RankfoldError):
-    """A device that was asked for and is not there."""
+    """A device that was asked for and is not there, or whose memory does not suffice."""

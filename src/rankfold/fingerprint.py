@@ -11,11 +11,14 @@ def weights_sha256(model: nn.Module) -> str:
     """SHA-256 of names, dtypes, shapes and values of the state dict."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
-        digest.update(
-            f"{name} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}".encode()
-        )
-        digest.update(_raw(value))
+        add_to(digest, name, value)
     return digest.hexdigest()
+
+
+def add_to(digest: "hashlib._Hash", name: str, value: Any) -> None:
+    """One entry of a state dict."""
+    digest.update(f"{name} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}".encode())
+    digest.update(_raw(value))
 
 
 def _raw(value: Any) -> bytes:

@@ -1,6 +1,5 @@
 """What a network costs and how well it does, before and after, side by side."""
 
-import copy
 import gc
 import math
 import statistics
@@ -28,6 +27,7 @@ from rankfold.batches import (
     split_batch,
     tensors_of,
 )
+from rankfold.copies import copy_of
 from rankfold.cost import count_macs, count_parameters
 from rankfold.errors import CalibrationError, ModelError, RankfoldError
 from rankfold.layers import StructuredLinear
@@ -259,7 +259,7 @@ def with_memory_format(model: nn.Module, memory_format: str) -> nn.Module:
     if memory_format == "contiguous":
         return model
     # torch declares this overload of `to` without its memory format.
-    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copy_of(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def memory_format_of(model: nn.Module) -> str:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from rankfold.documents import check_tame, read_json
 from rankfold.errors import PlanError
 from rankfold.methods import METHODS, Method, Moments, Rank
 from rankfold.tables import Shown, shortened
@@ -53,8 +55,8 @@ class LayerPlan:
             return METHODS[self.method or ""](**(self.settings or {}))
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(
-                f"layer '{self.name}': no method '{self.method}' with settings {self.settings}; "
-                f"there are {', '.join(METHODS)}"
+                f"layer '{self.name}': no method '{self.method}' with settings "
+                f"{self.settings!r:.120}; there are {', '.join(METHODS)}"
             ) from error
 
 
@@ -82,7 +84,7 @@ class Plan(Shown):
 
     def __rich__(self) -> Table:
         request = ", ".join(f"{name} {value}" for name, value in self.request.items())
-        table = Table(title=f"plan: {request}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=escape(f"plan: {request}"), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("layer", overflow="fold")
         for column in ("parameters", "MACs", "method", "rank", "loss", "kept"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -145,6 +147,7 @@ class Plan(Shown):
     @staticmethod
     def from_json(document: Any) -> "Plan":
         """The plan of a JSON document; raises PlanError, saying where, for anything else."""
+        check_tame(document)
         version = _take(document, "format_version", int, "plan")
         if version != FORMAT_VERSION:
             raise PlanError(f"plan: format version {version}, this rankfold reads {FORMAT_VERSION}")
@@ -156,7 +159,7 @@ class Plan(Shown):
             before=_cost_from_json(_take(document, "before", dict, "plan"), "plan: before"),
             after=_cost_from_json(_take(document, "after", dict, "plan"), "plan: after"),
             metric=_take(document, "metric", str, "plan"),
-            request=_take(document, "request", dict, "plan"),
+            request=_request_from_json(_take(document, "request", dict, "plan")),
         )
 
     def save(self, path: str) -> None:
@@ -168,9 +171,8 @@ class Plan(Shown):
     def load(path: str) -> "Plan":
         """Read a plan from a JSON file; raises PlanError for anything else."""
         try:
-            with open(path, encoding="utf-8") as file:
-                return Plan.from_json(json.load(file))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            return Plan.from_json(read_json(Path(path)))
+        except (OSError, PlanError) as error:
             raise PlanError(f"{path}: {error}") from error
 
 
@@ -187,6 +189,12 @@ def _take(document: Any, key: str, kind: type | tuple[type, ...], where: str) ->
     if not isinstance(value, kind) or isinstance(value, bool):
         raise PlanError(f"{where}: '{key}' is {value!r:.80}, of the wrong type")
     return value
+
+
+def _request_from_json(document: dict[str, Any]) -> dict[str, float | str]:
+    for name in document:
+        _take(document, name, (int, float, str), "plan: request")
+    return document
 
 
 def _cost_from_json(document: Any, where: str) -> Cost:

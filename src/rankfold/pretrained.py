@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ import torch
 from torch import nn
 
 from rankfold.errors import CalibrationError, ModelError
+from rankfold.files import replace_file
+from rankfold.without_weights import without_weights
 
 Pathlike = str | os.PathLike[str]
 
@@ -42,6 +45,7 @@ def load_pretrained(directory: Pathlike) -> nn.Module:
         model, about = kind.from_pretrained(
             str(directory),
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             dtype="auto",
             output_loading_info=True,
@@ -66,6 +70,12 @@ def build_pretrained(directory: Pathlike) -> nn.Module:
         raise ModelError(f"{directory}: {type(error).__name__}: {_first_line(error)}") from error
 
 
+def empty_pretrained(directory: Pathlike) -> nn.Module:
+    """The same with its parameters on the meta device and its buffers where they are computed."""
+    with without_weights():
+        return build_pretrained(directory)
+
+
 def is_of_transformers(model: nn.Module) -> bool:
     """Whether it is a model of transformers."""
     transformers = sys.modules.get("transformers")
@@ -81,19 +91,21 @@ def write_files(model: nn.Module, directory: Pathlike, card: str) -> None:
     if not is_of_transformers(model):
         return
     target = Path(directory)
+
+    def put(name: str, text: str) -> None:
+        replace_file(target / name, lambda path: path.write_text(text, encoding="utf-8"))
+
     about: Any = copy.deepcopy(cast(Any, model).config)
     about.architectures, about.dtype = [type(model).__name__], cast(Any, model).dtype
-    _replace(target / CONFIG, about.to_json_string())
-    _replace(target / CARD, card)
+    put(CONFIG, about.to_json_string())
+    put(CARD, card)
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
-        _replace(target / GENERATION, generation.to_json_string())
+        put(GENERATION, generation.to_json_string())
     source = Path(str(getattr(model, "name_or_path", "") or ""))
     if source != Path() and source.is_dir() and source.resolve() != target.resolve():
         for file in _tokenizer_files(source):
-            beside = target / (file.name + ".new")
-            shutil.copyfile(file, beside)
-            beside.replace(target / file.name)
+            replace_file(target / file.name, partial(shutil.copyfile, file))
 
 
 def text_batches(
@@ -141,7 +153,9 @@ def _kind_and_config(directory: Pathlike) -> tuple[Any, Any]:
     """The class of the model in a directory, and its configuration."""
     transformers = _transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
         if not config.architectures:
             return transformers.AutoModel._model_mapping[type(config)], config
     except Exception as error:
@@ -167,7 +181,9 @@ def _tokenizer(directory: Pathlike) -> Any:
     if not any(_tokenizer_files(Path(directory))):
         raise CalibrationError(f"{directory} has no tokenizer")
     try:
-        return _transformers().AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        return _transformers().AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CalibrationError(
             f"the tokenizer of {directory} cannot be read: {_first_line(error)}"
@@ -175,16 +191,17 @@ def _tokenizer(directory: Pathlike) -> Any:
 
 
 def _tokenizer_files(source: Path) -> Iterator[Path]:
+    """Those that are in the directory; links count in a hub's cache alone, to files of its own.
+
+    What is here is copied: a link must not bring another file of the user's along.
+    """
+    place = source.resolve()
+    home = place.parents[1] if place.parent.name == "snapshots" else place
     for file in sorted(source.iterdir()):
         named = file.suffix in _TOKENIZER_SUFFIXES and file.name not in _NO_TOKENIZER
-        if named and file.is_file() and not file.name.endswith(".index.json"):
+        named = named and not file.name.endswith(".index.json")
+        if named and file.is_file() and file.resolve().is_relative_to(home):
             yield file
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 @contextmanager

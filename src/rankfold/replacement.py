@@ -9,6 +9,13 @@ from torch import nn
 
 from rankfold.layers import TiedLayers
 
+# What torch's own layers say of themselves.
+_SIZES = {
+    name
+    for kind in (nn.Linear, nn.Conv1d, nn.ConvTranspose1d, nn.Embedding, nn.RNNBase, nn.RNNCellBase)
+    for name in kind.__constants__
+}
+
 
 def put_in_place(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """The model with every place of these layers taken by others, shared ones included.
@@ -19,6 +26,7 @@ def put_in_place(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
     replacements = _one_by_one(replacements)
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements:
+            _answer_as(module, replacements[module])
             if not path:
                 return replacements[module]
             parent, _, child = path.rpartition(".")
@@ -40,6 +48,18 @@ def swapped(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> It
     finally:
         for restore in undo:
             restore()
+
+
+def _answer_as(layer: nn.Module, replacement: nn.Module) -> None:
+    """Have it say, of sizes and strides that it has none of itself, what the layer says.
+
+    Some models ask their layers: WaveNet for the dilation, to pad by it.
+    """
+    if isinstance(replacement, nn.Identity):
+        return
+    for name in _SIZES:
+        if name in vars(layer) and not hasattr(replacement, name):
+            setattr(replacement, name, getattr(layer, name))
 
 
 def _one_by_one(replacements: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, nn.Module]:

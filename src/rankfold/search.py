@@ -5,10 +5,12 @@ until it does what was asked for.
 """
 
 import contextlib
-import copy
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +29,10 @@ from rankfold.batches import (
     run_or_explain,
     running,
 )
+from rankfold.copies import copy_of
 from rankfold.errors import BudgetError
 from rankfold.factorize import factorize
+from rankfold.journal import NETWORK, Journal
 from rankfold.measure import Metric, evaluate, latencies, output_error, with_memory_format
 from rankfold.plan import LayerPlan, Plan
 from rankfold.progress import Progress, silent
@@ -43,6 +47,8 @@ _NO_GAIN = 0.98  # a part that is not faster than this share of what it replaces
 _HALVINGS = 7
 
 MakePlan = Callable[[float], Plan]
+
+_NO_JOURNAL = Journal()
 
 
 @dataclass(frozen=True)
@@ -206,10 +212,10 @@ def _put_back(
     ]
     restored: list[str] = []
     share = timed.share
-    original = unfuse(copy.deepcopy(model), [entry.name for entry in doubtful])
+    original = unfuse(copy_of(model), [entry.name for entry in doubtful])
     for entry in progress(doubtful, "putting back what does not pay"):
         names = [entry.name, *entry.tied, *([] if entry.reader is None else [entry.reader])]
-        other = copy.deepcopy(timed.model)
+        other = copy_of(timed.model)
         back = {
             other.get_submodule(name): with_memory_format(
                 original.get_submodule(name), timing.memory_format
@@ -245,16 +251,23 @@ def cheapest_within(
     max_drop: float,
     make_plan: MakePlan,
     progress: Progress = silent,
+    journal: Journal = _NO_JOURNAL,
 ) -> Plan:
     """The plan of the least budget whose network loses at most `max_drop` of the metric.
 
     Measured on `data` before any recovery. `make_plan` makes a plan for a budget between 0 and 1,
-    and the budget is bisected. Raises BudgetError if no budget tried keeps the metric.
+    and the budget is bisected. What was measured is kept in the journal. Raises BudgetError if no
+    budget tried keeps the metric.
     """
     if not max_drop >= 0:
         raise BudgetError(f"max_drop={max_drop} must not be negative")
-    least = evaluate(metric, model, data) - max_drop
+    dense = journal.once(f"{NETWORK}/score of the original", lambda: evaluate(metric, model, data))
+    least = dense - max_drop
     low, high, best = 0.0, 1.0, None
+
+    def score(plan: Plan) -> float:
+        return evaluate(metric, factorize(model, plan, journal=journal), data)
+
     for _ in progress(range(_HALVINGS), "searching the cheapest plan"):
         middle = (low + high) / 2
         try:
@@ -262,15 +275,22 @@ def cheapest_within(
         except BudgetError as error:
             low = max([middle, *(v for v in error.smallest.values() if v < high)])
             continue
-        if evaluate(metric, factorize(model, plan), data) >= least:
+        if journal.once(_score_of(plan), partial(score, plan)) >= least:
             best, high = plan, middle
         else:
             low = middle
     if best is None:
         raise BudgetError(
-            f"no plan that was tried loses at most {max_drop} of the metric before recovery"
+            f"no plan that was tried loses at most {max_drop} of the metric before recovery: "
+            "allow for more with max_drop, or ask for a budget"
         )
     return best
+
+
+def _score_of(plan: Plan) -> str:
+    """The name of a plan's metric in a journal."""
+    chosen = [(one.name, one.method, one.settings, one.rank) for one in plan.layers]
+    return f"{NETWORK}/score {hashlib.sha256(json.dumps(chosen).encode()).hexdigest()}"
 
 
 def contenders(analysis: Analysis) -> dict[str, Analysis]:
@@ -292,10 +312,12 @@ def winner(
     planned: Callable[[Analysis], tuple[Plan, nn.Module]],
     metric: Metric,
     data: Data,
+    journal: Journal = _NO_JOURNAL,
 ) -> tuple[Plan, nn.Module]:
     """Of the plans that can be made, the one whose network does best by a metric.
 
-    Of equals the first; one that leaves every layer dense only if all do. Raises BudgetError where
+    Of equals the first; one that leaves every layer dense only if all do. What was measured is kept
+    in the journal. Raises BudgetError where
     none can be made.
     """
     best: tuple[tuple[bool, float], Plan, nn.Module] | None = None
@@ -306,7 +328,8 @@ def winner(
         except BudgetError as error:
             refused = refused or error
             continue
-        score = bool(plan.factorized), evaluate(metric, small, data)
+        found = journal.once(_score_of(plan), partial(evaluate, metric, small, data))
+        score = bool(plan.factorized), found
         if best is None or score > best[0]:
             best = score, plan, small
     if best is None:

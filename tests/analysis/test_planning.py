@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -75,3 +76,12 @@ def test_the_product_is_an_objective_of_plans() -> None:
 
     assert found.request["objective"] == "product"
     assert kept(found) >= kept(other) - 1e-9
+
+
+def test_the_smallest_of_what_cannot_shrink_is_all_of_it() -> None:
+    """A fraction that can be asked for: above 1 it would be a number of parameters."""
+    stuck = [replace(layer, candidates=()) for layer in layers()]
+    limit = Limit(150, 300)
+    with pytest.raises(BudgetError) as refused:
+        choose_within_budget(stuck, {"params": limit})
+    assert refused.value.smallest == {"params": 1.0}

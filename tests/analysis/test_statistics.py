@@ -13,7 +13,7 @@ from rankfold.analysis import statistics
 from rankfold.analysis.curvature import Identity, Labels, Softmax
 from rankfold.analysis.statistics import gather
 from rankfold.batches import run
-from rankfold.errors import CalibrationError
+from rankfold.errors import CalibrationError, ModelError
 from rankfold.layers import TiedLayers
 
 
@@ -621,3 +621,39 @@ def test_a_shared_weight_costs_what_its_users_lose(first: str) -> None:
             total += loss(products, apart["1"].positions, error)
             ours += loss(together, found.positions, error)
         torch.testing.assert_close(ours, total)
+
+
+def test_under_autocast_moments_are_as_exact_as_without() -> None:
+    layer, given = nn.Linear(6, 5), torch.randn(40, 6)
+
+    def autocast(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch)
+
+    found = gather(layer, {"": layer}, [given], autocast, [Identity()])[""]
+    assert same(found.inputs, given.T.double() @ given.double() / 40)
+
+
+def test_what_only_runs_forward_is_told_how_to_go_without_gradients() -> None:
+    class WrittenOver(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            hidden = self.layer(given).sigmoid_()
+            hidden -= 1
+            return hidden
+
+    model, given = WrittenOver(), torch.randn(3, 6)
+    with pytest.raises(ModelError, match=r"does not run backward on batch 0.*torch\.no_grad"):
+        gather(model, {"layer": model.layer}, [given], run, [Identity()])
+    found = gather(model, {"layer": model.layer}, [given], torch.no_grad()(run), [Identity()])
+    assert not found["layer"].gradients and found["layer"].positions == 1
+
+
+def test_what_has_no_derivative_gives_no_gradients() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    model = torch.ao.quantization.quantize_dynamic(model, {"1"}, torch.qint8)
+    found = gather(model, {"0": model[0]}, [torch.randn(3, 6)], run, [Identity()])["0"]
+    assert not found.gradients and found.positions == 1

@@ -3,6 +3,7 @@ import torch
 from networks import make_data, make_model
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as prune_by_mask
 
 from rankfold.analysis.survey import survey
 from rankfold.batches import run
@@ -198,3 +199,91 @@ def test_weights_that_are_not_there() -> None:
         survey(nn.Sequential(nn.LazyLinear(4)), [torch.randn(2, 4)], run, 1)
     with pytest.raises(ModelError, match="meta device"):
         survey(nn.Sequential(nn.Linear(4, 4, device="meta")), [torch.randn(2, 4)], run, 1)
+
+
+@pytest.mark.parametrize(
+    "make", [nn.utils.weight_norm, nn.utils.spectral_norm, lambda layer: prune(layer)]
+)
+def test_weights_that_a_hook_makes_are_left_alone(make) -> None:
+    found = reasons(nn.Sequential(make(nn.Linear(6, 5)), nn.Linear(5, 4)), torch.randn(3, 6))
+    assert "made by a hook" in found["0"] and "remove_weight_norm" in found["0"]
+    assert found["1"] is None
+
+
+def prune(layer: nn.Module) -> nn.Module:
+    return prune_by_mask.l1_unstructured(layer, "weight", 0.5)
+
+
+def test_a_layer_whose_forward_was_replaced_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    model[0].forward = lambda given: 2 * nn.functional.linear(given, model[0].weight)
+    found = reasons(model, torch.randn(3, 6))
+    assert "forward was replaced" in found["0"] and found["1"] is None
+
+
+def test_layers_that_an_attribute_also_holds_are_left_alone() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+            self.out = nn.Linear(6, 4)
+            self.order = {"first": [self.layers[1], (self.layers[0],)]}
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return self.out(self.order["first"][1][0](self.order["first"][0](given)))
+
+    found = reasons(nn.Sequential(Listed()), torch.randn(3, 6))
+    assert "also holds it as '0.order'" in found["0.layers.0"] == found["0.layers.1"]
+    assert found["0.out"] is None
+
+
+def test_layers_called_by_keyword_are_left_alone() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.out = nn.Linear(6, 5), nn.Linear(5, 4)
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return self.out(self.layer(input=given))
+
+    found = reasons(Named(), torch.randn(3, 6))
+    assert "names its input" in found["layer"] and found["out"] is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bias_that_is_asked_for_outside_keeps_the_layer(bias) -> None:
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.out = nn.Linear(6, 5, bias=bias), nn.Linear(5, 4)
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            shift = 0 if self.layer.bias is None else 1
+            return self.out(self.layer(given) + shift)
+
+    found = reasons(Asking(), torch.randn(3, 6))
+    assert "reads its weight directly" in found["layer"] and found["out"] is None
+
+
+def test_scripted_parts_are_left_alone() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(6, 5)), nn.Linear(5, 4))
+    found = reasons(model, torch.randn(3, 6))
+    assert "TorchScript" in found["0"] and found["1"] is None
+
+
+def test_wrappers_that_know_their_own_layers_alone_are_refused(tmp_path) -> None:
+    layer = nn.Linear(6, 5)
+    compiled = torch.compile(layer, backend="eager")
+    with pytest.raises(ModelError, match=r"pass the module it came from \(model._orig_mod\)"):
+        reasons(compiled, torch.randn(3, 6))
+    inside = reasons(nn.Sequential(compiled, nn.Linear(5, 4)), torch.randn(3, 6))
+    assert "torch.compile" in inside["0._orig_mod"] and inside["1"] is None
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    try:
+        parallel = nn.parallel.DistributedDataParallel(layer)
+        with pytest.raises(ModelError, match=r"pass model\.module"):
+            reasons(parallel, torch.randn(3, 6))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,6 +1,10 @@
+import math
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,14 +83,63 @@ def test_a_file_that_is_cut_off_is_replaced(path: Path) -> None:
     assert TimingCache(path).get("b") == 2.5
 
 
+@pytest.mark.parametrize(
+    "older",
+    [
+        "CREATE TABLE timings (key TEXT PRIMARY KEY, seconds REAL, device TEXT NOT NULL)",
+        "CREATE TABLE timings (key TEXT PRIMARY KEY, milliseconds REAL NOT NULL)",
+        "CREATE TABLE other (key TEXT)",
+    ],
+)
+def test_what_another_version_wrote_is_not_believed(path: Path, older: str) -> None:
+    path.parent.mkdir()
+    database = sqlite3.connect(path)
+    with database:
+        database.execute(older)
+        if "milliseconds" in older:
+            database.execute("INSERT INTO timings VALUES ('a', 7.0)")
+        database.execute(f"PRAGMA user_version = {timing_cache._VERSION + 1}")
+    database.close()
+    assert TimingCache(path).get("a") is None
+    TimingCache(path).put("a", 1.5)
+    assert TimingCache(path).get("a") == 1.5
+
+
+def test_no_time_at_all_costs_nobody_the_others(path: Path) -> None:
+    TimingCache(path).put("good", 1.5)
+    for bad in (math.nan, math.inf, -math.inf):
+        TimingCache(path).put("bad", bad)
+        assert TimingCache(path).get("bad") is None
+    assert TimingCache(path).get("good") == 1.5
+
+
+def test_what_a_killed_process_left_half_written_goes_with_a_damaged_file(path: Path) -> None:
+    """A journal beside a new database would be played back into it."""
+    path.parent.mkdir()
+    path.write_bytes(b"not a database " * 100)
+    left = path.with_name(path.name + "-journal")
+    left.write_bytes(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + b"\1" * 2000)
+    TimingCache(path).put("a", 1.5)
+    assert not left.exists()
+    cache = TimingCache(path)
+    cache.put("a", 1.5)
+    assert TimingCache(path).get("a") == 1.5
+
+
 def test_values_that_are_no_times_are_not_believed(path: Path) -> None:
     TimingCache(path).put("good", 1.5)
     with sqlite3.connect(path) as database:
-        rows = [("zero", 0.0), ("negative", -1.0), ("text", "soon"), ("blob", b"1")]
+        rows = [
+            ("zero", 0.0),
+            ("endless", math.inf),
+            ("negative", -1.0),
+            ("text", "soon"),
+            ("blob", b"1"),
+        ]
         database.executemany("INSERT INTO timings VALUES (?, ?)", rows)
     database.close()
     cache = TimingCache(path)
-    assert [cache.get(key) for key in ("zero", "negative", "text", "blob")] == [None] * 4
+    assert [cache.get(key) for key in ("zero", "endless", "negative", "text", "blob")] == [None] * 5
     assert cache.get("good") == 1.5
 
 
@@ -178,3 +231,62 @@ def test_two_processes_may_write_at_once(path: Path) -> None:
     for name in ("first", "second"):
         assert [cache.get(f"{name} {n}") for n in range(1, 16)] == list(range(1, 16))
     assert cache.get("shared") == 15
+
+
+def writers(path: Path, count: int, work) -> list[int]:
+    """Processes that run `work(cache, number)`."""
+    found = []
+    for number in range(count):
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                work(TimingCache(path), number)
+                status = 0
+            finally:
+                os._exit(status)
+        found.append(child)
+    return found
+
+
+def test_many_processes_write_and_read_at_once(path: Path) -> None:
+    def work(cache: TimingCache, number: int) -> None:
+        for step in range(1, 11):
+            cache.put(f"{number} {step}", step)
+            assert TimingCache(path).get(f"{number} {step}") == step
+
+    for child in writers(path, 6, work):
+        assert os.waitpid(child, 0)[1] == 0
+    cache = TimingCache(path)
+    found = [cache.get(f"{n} {step}") for n in range(6) for step in range(1, 11)]
+    assert found == [*range(1, 11)] * 6
+
+
+def test_killed_writers_leave_a_database(path: Path) -> None:
+    def work(cache: TimingCache, number: int) -> None:
+        for step in range(1, 100_000):
+            cache.put(f"{number} {step}", step)
+
+    TimingCache(path).put("before", 1.5)
+    for delay in (0.01, 0.02, 0.03, 0.05, 0.08):
+        children = writers(path, 2, work)
+        time.sleep(delay)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        TimingCache(path).put(f"after {delay}", delay)
+        assert TimingCache(path).get("before") == 1.5
+        assert TimingCache(path).get(f"after {delay}") == delay
+
+
+def test_processes_that_find_a_damaged_file_agree_on_a_new_one(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"not a database " * 100)
+
+    def work(cache: TimingCache, number: int) -> None:
+        for step in range(1, 6):
+            cache.put(f"{number} {step}", step)
+
+    for child in writers(path, 4, work):
+        assert os.waitpid(child, 0)[1] == 0
+    TimingCache(path).put("a", 1.5)
+    assert TimingCache(path).get("a") == 1.5

@@ -1,5 +1,6 @@
 import importlib
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,6 +134,16 @@ def test_what_goes_wrong_is_said(small, tmp_path, monkeypatch) -> None:
 
     with pytest.raises(ModelError, match="cannot be exported"):
         export(Branching(), tmp_path / "branching.onnx", torch.ones(2, 4))
+
+    class Unreadable(nn.Module):
+        def __init__(self, *_) -> None:
+            raise RuntimeError("not mine")
+
+    unreadable = replace(FORMATS["torch"], load=Unreadable)
+    with monkeypatch.context() as context, pytest.raises(ModelError, match="cannot be read by"):
+        context.setitem(FORMATS, "torch", unreadable)
+        export(small, tmp_path / "small.pt2", batch)
+    assert not (tmp_path / "small.pt2").exists()
     formats = importlib.import_module("rankfold.export.formats")
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
     with pytest.raises(DeviceError, match=r"rankfold\[onnx\]"):

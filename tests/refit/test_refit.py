@@ -163,3 +163,38 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(CalibrationError, match="yields no batch"):
         refit(small, model, [], names)
     assert refit(small, model, make_data(), []).gain == 1
+
+
+def test_calls_that_only_one_of_the_networks_makes_do_not_count() -> None:
+    """The data decides how often a layer runs, and on how much of it."""
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.turns = 1
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            given = self.stem(given)[: 4 - self.turns]
+            for _ in range(self.turns):
+                given = self.body(given)
+            return given.mean(0)
+
+    model = Branching().eval()
+    small = copy.deepcopy(model)
+    small.body, small.turns = LowRank().fit(model.body, WEIGHT_METRIC).build((4,)), 2
+    before = copy.deepcopy(small.state_dict())
+    done = refit(small, model, [torch.randn(4, 16)] * 3, ["body"]).layers
+    assert [(one.layer, one.kept) for one in done] == [("body", False)]
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_under_autocast_what_reaches_a_layer_is_of_another_dtype() -> None:
+    model, small, names = networks()
+
+    def autocast(network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return network(batch)
+
+    done = refit(small, model, make_data(), names, forward=autocast).layers
+    assert {one.layer for one in done} == set(names) and any(one.kept for one in done)

@@ -1,6 +1,7 @@
 """From a trained network and a few batches to an analysis."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch import nn
 from rankfold import processes
 from rankfold.analysis.analysis import Analysis, Trial
 from rankfold.analysis.calibration import Calibration, calibrate
-from rankfold.analysis.candidates import AnalysedLayer, Candidate, Counts, below_break_even, grid_of
+from rankfold.analysis.candidates import AnalysedLayer, Candidate, below_break_even, grid_of
 from rankfold.analysis.correction import (
     Check,
     corrected,
@@ -32,23 +33,26 @@ from rankfold.analysis.metrics import (
 )
 from rankfold.analysis.planning import Limit, choose_within_budget
 from rankfold.analysis.statistics import Layer
+from rankfold.analysis.storage import pack_analysis, pack_layer, unpack_analysis, unpack_layer
 from rankfold.analysis.survey import SurveyedLayer, survey
 from rankfold.analysis.timing import with_timings
-from rankfold.batches import Data, Forward, device_of, run
+from rankfold.batches import Data, Forward, device_of, run, uncompiled
 from rankfold.cost import count_layer_macs, count_parameters
 from rankfold.errors import BudgetError, CalibrationError, ModelError, UnsupportedLayerError
+from rankfold.journal import ANALYSIS, Journal, Pathlike, opened
+from rankfold.memory import enough_memory_for
 from rankfold.methods import (
     WEIGHT_METRIC,
     Family,
     Method,
     Methods,
     Moments,
-    Rank,
     make_methods,
     other_kind,
     reduction,
 )
 from rankfold.progress import Progress, silent
+from rankfold.request import beyond_defaults, request
 from rankfold.runtime import Runtime, check_runtime
 from rankfold.unfusing import unfused
 
@@ -60,6 +64,8 @@ _FINALISTS = 2
 _CLEARLY_WORSE = 0.3
 # Means of two plans that differ by less are taken for equal.
 _NOISE = 0.1
+# In a journal: everything, and below it the parts that it is made of.
+_WHOLE, _PARTS = f"{ANALYSIS}/whole", f"{ANALYSIS}/parts"
 # All checks together take so many times the passes of gathering at most.
 _CHECK_PASSES = 4
 
@@ -82,6 +88,7 @@ def analyze(
     timed: bool = False,
     runtime: Runtime = "eager",
     seed: int = 0,
+    journal: Journal | Pathlike | None = None,
     progress: Progress = silent,
 ) -> Analysis:
     """Look at every layer of a trained network: what it costs, and what could replace it.
@@ -106,38 +113,105 @@ def analyze(
     nothing. With `timed`, layers and what could replace them are timed in the `runtime` on the
     shapes of the first batch (see `with_timings`).
 
+    What is finished is kept in the directory `journal`; where the same call was killed, it goes on
+    from there, to the same analysis (but for times). Remove the directory when you have no more use
+    for it.
+
     Raises ModelError for weights that are not finite, CalibrationError for data that yields nothing
     or makes activations that are not, UnsupportedLayerError for a layer asked for by name that no
-    method takes.
+    method takes, DeviceError, naming the layer, where memory does not suffice for one, JournalError
+    for a journal of something else or that another process holds.
     """
+    asked: dict[str, Any] = {
+        "forward": forward,
+        "layers": layers,
+        "methods": methods,
+        "metric": metric,
+        "outputs": outputs,
+        "loss_fn": loss_fn,
+        "temperatures": temperatures,
+        "damping": damping,
+        "batches": batches,
+        "held_out": held_out,
+        "check": check,
+        "timed": timed,
+        "runtime": runtime,
+        "seed": seed,
+    }
     check_metric(metric)
     check_runtime(runtime)
     processes.join(device_of(model))
     if batches < 1 or held_out < 1:
         raise CalibrationError("batches and held_out must be at least 1")
-    chosen = make_methods(methods)
+    make_methods(methods)  # raises
+    with opened(journal, lambda: {ANALYSIS: analysis_request(model, data, **asked)}) as book:
+        analysis = book.once(
+            _WHOLE,
+            lambda: _analyze(model, data, asked, book, progress),
+            pack_analysis,
+            lambda packed: _on_device(unpack_analysis(packed), device_of(model)),
+        )
+        book.forget(_PARTS)
+    return analysis
+
+
+def analysis_request(model: nn.Module, data: Data, **settings: Any) -> dict[str, str]:
+    """What an analysis depends on, as `request` tells it; the settings are those of `analyze`."""
+    return request(model, {"data": data}, beyond_defaults(analyze, settings))
+
+
+def _on_device(analysis: Analysis, device: torch.device) -> Analysis:
+    layers = (replace(one, moments=one.moments.to(device)) for one in analysis.layers)
+    return replace(analysis, layers=tuple(layers))
+
+
+def _analyze(
+    model: nn.Module,
+    data: Data,
+    asked: Mapping[str, Any],
+    journal: Journal,
+    progress: Progress,
+) -> Analysis:
+    forward, layers, metric = asked["forward"], asked["layers"], asked["metric"]
+    batches = asked["batches"]
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    with unfused(model) as opened:
-        surveyed = survey(opened, data, forward, batches if metric == "weight" else 1, progress)
+    with uncompiled(), unfused(model) as opened_up:
+        surveyed = survey(opened_up, data, forward, batches if metric == "weight" else 1, progress)
         _check_names(patterns, [layer.name for layer in surveyed.layers])
-        looked = _look_at_all(surveyed.layers, chosen, patterns, progress)
+        chosen = make_methods(asked["methods"])
+        plain = _fitting_once({one.name: one.module for one in surveyed.layers}, chosen, {})
+        priced = journal.shared_out(
+            _parts("layer", surveyed.layers),
+            surveyed.layers,
+            lambda one: _look(one, chosen, patterns, plain),
+            progress,
+            "decomposing",
+            pack_layer,
+            lambda _, packed: unpack_layer(packed),
+        )
+        looked = [
+            _Looked(layer, one.module) for layer, one in zip(priced, surveyed.layers, strict=True)
+        ]
         able = {one.layer.name: cast("Layer", one.module) for one in looked if one.layer.methods}
         calibration = None
         if metric != "weight" and able:
             calibration = calibrate(
-                opened,
+                opened_up,
                 data,
                 able,
                 forward=forward,
-                outputs=outputs,
-                loss_fn=loss_fn,
-                temperatures=temperatures,
+                outputs=asked["outputs"],
+                loss_fn=asked["loss_fn"],
+                temperatures=asked["temperatures"],
                 batches=batches,
-                held_out=held_out,
-                seed=seed,
+                held_out=asked["held_out"],
+                seed=asked["seed"],
+                journal=journal,
+                name=f"{_PARTS}/statistics",
                 progress=progress,
             )
-        bench = _Workbench(looked, surveyed.macs, calibration, damping, progress)
+        damping, check = asked["damping"], asked["check"]
+        bench = _Workbench(looked, plain, surveyed.macs, calibration, damping, journal, progress)
         checks: list[Check] = []
         trials: list[Trial] = []
         if calibration is None:
@@ -150,16 +224,17 @@ def analyze(
             fitted, checks, trials = bench.compete(check)
         analysis = Analysis(
             tuple(fitted.layers),
-            count_parameters(opened),
-            sum(parameter.nbytes for parameter in opened.parameters()),
+            count_parameters(opened_up),
+            sum(parameter.nbytes for parameter in opened_up.parameters()),
             surveyed.macs,
             surveyed.batch_size,
             fitted.metric,
             tuple(checks),
             tuple(trials),
         )
-    if not timed:
+    if not asked["timed"]:
         return analysis
+    runtime = asked["runtime"]
     return with_timings(analysis, model, data, forward=forward, runtime=runtime, progress=progress)
 
 
@@ -171,43 +246,47 @@ def _check_names(patterns: Sequence[str], names: Sequence[str]) -> None:
             )
 
 
+# A layer's name and a method's: what the method offers for the layer, fitted when first asked for.
+_Families = Callable[[str, str], Family]
+
+
+def _fitting_once(
+    modules: Mapping[str, nn.Module], methods: Sequence[Method], moments: Mapping[str, Moments]
+) -> _Families:
+    by_name = {method.name: method for method in methods}
+
+    @functools.cache
+    def fit(layer: str, method: str) -> Family:
+        with enough_memory_for(f"layer '{layer}', fitting {method}"):
+            try:
+                known = moments.get(layer, WEIGHT_METRIC)
+                return reduction.fit(by_name[method], modules[layer], known)
+            except ValueError as error:
+                raise ModelError(f"layer '{layer}': {error}") from error
+
+    return fit
+
+
 @dataclass(frozen=True)
 class _Looked:
-    """A layer and what does not depend on the metric."""
+    """A layer and what does not depend on the metric: the candidates, but for their losses."""
 
-    layer: AnalysedLayer  # without candidates
+    layer: AnalysedLayer
     module: nn.Module
-    plain: Mapping[str, Family]  # by method, in the weight metric
-    costs: Mapping[str, Mapping[Rank, Counts]]  # by method, below break-even
 
 
-def _look_at_all(
-    surveyed: Sequence[SurveyedLayer],
-    methods: Sequence[Method],
-    patterns: Sequence[str],
-    progress: Progress,
-) -> list[_Looked]:
-    """Every layer, each decomposed by one process; the others know what came of it."""
-    mine: dict[str, _Looked] = {}
-
-    def look(one: SurveyedLayer) -> AnalysedLayer:
-        mine[one.name] = _look(one, methods, patterns)
-        return mine[one.name].layer
-
-    layers = processes.shared_out(surveyed, look, progress, "decomposing")
-    return [
-        mine.get(one.name, _Looked(layer, one.module, {}, {}))
-        for one, layer in zip(surveyed, layers, strict=True)
-    ]
-
-
-def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence[str]) -> _Looked:
+def _look(
+    surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence[str], plain: _Families
+) -> AnalysedLayer:
+    """With all candidates, of which no loss is known: it is 0."""
     module, name = surveyed.module, surveyed.name
     reason = surveyed.reason
     if not any(fnmatchcase(name, pattern) for pattern in patterns):
         reason = "not among the layers asked for"
-    against = {method.name: reduction.why_not(method, module) for method in methods}
-    able = {method.name: method for method in methods if against[method.name] is None}
+    # No method has to make sense of a layer that is left alone.
+    asked = methods if reason is None else ()
+    against = {method.name: reduction.why_not(method, module) for method in asked}
+    able = {method.name: method for method in asked if against[method.name] is None}
     if reason is None and not able:
         # What the methods for its kind of layer say says more than that others are for others.
         said = [why for why in against.values() if why and why != other_kind(module)]
@@ -217,39 +296,32 @@ def _look(surveyed: SurveyedLayer, methods: Sequence[Method], patterns: Sequence
     parameters = count_parameters(module)
     size = next(module.parameters()).element_size()
     if reason is not None:
-        layer = AnalysedLayer(
+        return AnalysedLayer(
             name, repr(module), parameters, 0, reason, {}, {}, (), {}, element_size=size
         )
-        return _Looked(layer, module, {}, {})
     shapes = surveyed.input_shapes
     dense = (parameters, count_layer_macs(copy.deepcopy(module).to("meta"), shapes))
-    plain = {key: _fit(method, surveyed, WEIGHT_METRIC) for key, method in able.items()}
-    layer = AnalysedLayer(
+    families = {key: plain(name, key) for key in able}
+    candidates = [
+        Candidate(key, rank, 0.0, *cost)
+        for key, family in families.items()
+        for rank, cost in below_break_even(
+            module, able[key], family.ranks(), shapes, dense, surveyed.reader
+        ).items()
+    ]
+    return AnalysedLayer(
         name,
         repr(module),
         *dense,
         None,
         able,
-        {key: tuple(family.spectra) for key, family in plain.items()},
-        (),
-        {key: grid_of(family) for key, family in plain.items()},
+        {key: tuple(family.spectra) for key, family in families.items()},
+        tuple(candidates),
+        {key: grid_of(family) for key, family in families.items()},
         element_size=size,
         reader=surveyed.reader,
         tied=surveyed.tied,
     )
-    costs = {
-        key: below_break_even(module, able[key], family.ranks(), shapes, dense, surveyed.reader)
-        for key, family in plain.items()
-    }
-    return _Looked(layer, module, plain, costs)
-
-
-def _fit(method: Method, layer: SurveyedLayer | _Looked, moments: Moments) -> Family:
-    try:
-        return reduction.fit(method, layer.module, moments)
-    except ValueError as error:
-        name = layer.name if isinstance(layer, SurveyedLayer) else layer.layer.name
-        raise ModelError(f"layer '{name}': {error}") from error
 
 
 @dataclass(frozen=True)
@@ -258,7 +330,7 @@ class _Fitted:
 
     metric: str
     layers: list[AnalysedLayer]
-    families: Mapping[tuple[str, str], Family]  # by layer and method; those fitted here
+    families: _Families
 
 
 @dataclass(frozen=True)
@@ -266,13 +338,14 @@ class _Workbench:
     """Fits a network's layers in a metric, tries them in the network, corrects and compares."""
 
     looked: Sequence[_Looked]
+    plain: _Families  # in the weight metric
     macs: int
     calibration: Calibration | None
     damping: float
+    journal: Journal
     progress: Progress
 
     def fit(self, metric: str) -> _Fitted:
-        families: dict[tuple[str, str], Family] = {}
         typical = None
         if self.calibration is not None:
             typical = typical_scale(metric, self.calibration.statistics.values())
@@ -283,26 +356,37 @@ class _Workbench:
                 statistics = self.calibration.statistics.get(one.layer.name)
             found = moments_of(metric, statistics, self.damping, typical)
             moments[one.layer.name] = found.to(next(one.module.parameters()).device)
+        methods = {key: method for one in self.looked for key, method in one.layer.methods.items()}
+        modules = {one.layer.name: one.module for one in self.looked}
+        in_metric = _fitting_once(modules, list(methods.values()), moments)
 
-        def fit(one: _Looked) -> tuple[Candidate, ...]:
-            candidates: list[Candidate] = []
-            own = moments[one.layer.name]
-            for key, method in one.layer.methods.items():
-                if not one.costs[key]:  # none of its ranks pays
-                    continue
-                is_plain = own.is_plain and own.scale is None
-                family = one.plain[key] if is_plain else _fit(method, one, own)
-                families[one.layer.name, key] = family
-                candidates += [
-                    Candidate(key, rank, family.loss(rank), *cost)
-                    for rank, cost in one.costs[key].items()
-                ]
-            return tuple(candidates)
+        def families(layer: str, method: str) -> Family:
+            own = moments[layer]
+            is_plain = own.is_plain and own.scale is None
+            return (self.plain if is_plain else in_metric)(layer, method)
 
-        every = processes.shared_out(self.looked, fit, self.progress, f"fitting, {metric}")
+        def losses(one: _Looked) -> list[float]:
+            name = one.layer.name
+            with enough_memory_for(f"layer '{name}', in the metric {metric}"):
+                return [families(name, c.method).loss(c.rank) for c in one.layer.candidates]
+
+        every = self.journal.shared_out(
+            _parts(f"fit {metric}", self.looked),
+            self.looked,
+            losses,
+            self.progress,
+            f"fitting, {metric}",
+        )
         layers = [
-            replace(one.layer, candidates=candidates, moments=moments[one.layer.name])
-            for one, candidates in zip(self.looked, every, strict=True)
+            replace(
+                one.layer,
+                candidates=tuple(
+                    replace(candidate, loss=loss)
+                    for candidate, loss in zip(one.layer.candidates, found, strict=True)
+                ),
+                moments=moments[one.layer.name],
+            )
+            for one, found in zip(self.looked, every, strict=True)
         ]
         return _Fitted(metric, layers, families)
 
@@ -352,29 +436,35 @@ class _Workbench:
         """Whole plans, predicted and measured."""
         assert self.calibration is not None
         found = []
-        modules = {one.layer.name: one.module for one in self.looked}
         able = sum(layer.macs for layer in fitted.layers if layer.candidates)
         for share in _TRIALS:
-            budget = 1 - (1 - share) * able / self.macs
+            budget = 1 - (1 - share) * able / self.macs if able else 1.0
             try:
                 choices = self._choose(fitted, budget)
             except BudgetError as error:
                 budget = min(error.smallest["macs"], 1.0)
                 choices = self._choose(fitted, budget)
-            taken = [(n, c) for n, c in zip(fitted.layers, choices, strict=True) if c is not None]
-            forms = processes.gathered(
-                {
-                    layer.name: fitted.families[layer.name, choice.method].build(choice.rank)
-                    for layer, choice in taken
-                    if (layer.name, choice.method) in fitted.families
-                }
+            measured = self.journal.once(
+                f"{_PARTS}/trial {fitted.metric} {share} {_told(choices)}",
+                partial(self._measure, fitted, choices),
             )
-            replacements = {modules[n]: form for some in forms for n, form in some.items()}
-            judge = self.calibration.judge
-            measured = processes.from_first(partial(judge.divergence, replacements))
-            predicted = sum(choice.loss for _, choice in taken)
+            predicted = sum(choice.loss for choice in choices if choice is not None)
             found.append(Trial(fitted.metric, budget, predicted, measured))
         return found
+
+    def _measure(self, fitted: _Fitted, choices: Sequence[Candidate | None]) -> float:
+        """The divergence of the network with these choices in place."""
+        assert self.calibration is not None
+        modules = {one.layer.name: one.module for one in self.looked}
+        forms = processes.gathered(
+            {
+                layer.name: fitted.families(layer.name, choice.method).build(choice.rank)
+                for layer, choice in processes.own(list(zip(fitted.layers, choices, strict=True)))
+                if choice is not None
+            }
+        )
+        replacements = {modules[n]: form for some in forms for n, form in some.items()}
+        return processes.from_first(partial(self.calibration.judge.divergence, replacements))
 
     def _choose(self, fitted: _Fitted, budget: float) -> list[Candidate | None]:
         return choose_within_budget(fitted.layers, {"macs": Limit(budget * self.macs, self.macs)})
@@ -391,19 +481,36 @@ class _Workbench:
         points = spread(points, _CHECK_PASSES * passes)
         judge = self.calibration.judge.first(passes // max(1, sum(map(len, points))))
 
-        def check(work: tuple[_Looked, Sequence[Candidate]]) -> list[Check]:
+        def check(work: tuple[_Looked, Sequence[Candidate]]) -> list[float]:
             one, candidates = work
-            found = []
+            measured = []
             for candidate in candidates:
-                form = fitted.families[one.layer.name, candidate.method].build(candidate.rank)
-                measured = judge.divergence({one.module: form})
-                about = (candidate.method, candidate.rank, candidate.loss)
-                found.append(Check(one.layer.name, *about, measured))
-            return found
+                with enough_memory_for(f"layer '{one.layer.name}', checking {candidate.method}"):
+                    form = fitted.families(one.layer.name, candidate.method).build(candidate.rank)
+                    measured.append(judge.divergence({one.module: form}))
+            return measured
 
-        work = list(zip(self.looked, points, strict=True))
-        checks = processes.shared_out(work, check, self.progress, f"checking, {fitted.metric}")
-        return [one for found in checks for one in found]
+        every = self.journal.shared_out(
+            _parts(f"check {fitted.metric}", self.looked),
+            list(zip(self.looked, points, strict=True)),
+            check,
+            self.progress,
+            f"checking, {fitted.metric}",
+        )
+        return [
+            Check(one.layer.name, candidate.method, candidate.rank, candidate.loss, measured)
+            for one, candidates, found in zip(self.looked, points, every, strict=True)
+            for candidate, measured in zip(candidates, found, strict=True)
+        ]
+
+
+def _parts(what: str, layers: Sequence[Any]) -> list[str]:
+    """Names in a journal of what there is one of for each layer."""
+    return [f"{_PARTS}/{what} {place}" for place in range(len(layers))]
+
+
+def _told(choices: Sequence[Candidate | None]) -> str:
+    return ", ".join("-" if c is None else f"{c.method} {c.rank}" for c in choices)
 
 
 def _score(trials: Sequence[Trial]) -> float:

@@ -17,6 +17,7 @@ def add_gram(total: torch.Tensor | None, rows: torch.Tensor, share: float) -> to
     greatest = rows.abs().max().item() if rows.numel() else 0.0
     if greatest == 0:
         return total
-    for part in (rows / greatest).split(_ROWS, dim=-2):
-        total.add_(part.mT @ part, alpha=share * greatest**2)
+    with torch.autocast(rows.device.type, enabled=False):  # the model may have it on
+        for part in (rows / greatest).split(_ROWS, dim=-2):
+            total.add_(part.mT @ part, alpha=share * greatest**2)
     return total

@@ -1,5 +1,6 @@
 """Choosing a candidate for every layer: within a budget for the whole network, or by a rule."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -105,9 +106,8 @@ def choose_within_budget(
     )
     least = fixed + sum((cost.min(axis=0) for cost in costs), np.zeros(len(names)))
     room = np.array([limit.most for limit in limits.values()]) - fixed
-    # Rounded up, so that what is offered as the smallest can be asked for.
     smallest = {
-        name: float(np.ceil(1e4 * (1 + 2e-6) * reachable / limit.dense) / 1e4)
+        name: _offered(reachable, limit.dense)
         for (name, limit), reachable in zip(limits.items(), least, strict=True)
     }
     offer = ", ".join(f"{name}={fraction:g}" for name, fraction in smallest.items())
@@ -126,6 +126,13 @@ def choose_within_budget(
             f"the budgets cannot be kept together; each by itself can go down to {offer}", smallest
         ) from error
     return [group[index] for group, index in zip(options, picked, strict=True)]
+
+
+def _offered(reachable: float, dense: float) -> float:
+    """A fraction rounded up, so that it can be asked for; above 1 it would be no fraction."""
+    share = float(reachable / dense) if dense else 1.0
+    rounded = math.ceil(1e4 * (1 + 2e-6) * share) / 1e4
+    return min(rounded, 1.0) if share <= 1 else rounded
 
 
 def _check_relative(layers: Sequence[AnalysedLayer]) -> None:

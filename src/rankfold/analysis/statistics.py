@@ -23,7 +23,7 @@ from rankfold.analysis.curvature import Curvature
 from rankfold.analysis.gram import add_gram
 from rankfold.analysis.unrolled import run_unrolled
 from rankfold.batches import Forward, all_finite, batch_size, run_or_explain, running
-from rankfold.errors import CalibrationError
+from rankfold.errors import CalibrationError, ModelError
 from rankfold.layers import (
     CELLS,
     RECURRENT,
@@ -68,6 +68,26 @@ class Statistics:
     positions: float  # at which the weight is applied in one sample: the outputs of the layer,
     # or the inputs of a transposed convolution
     given: "Statistics | None" = None  # of a recurrent layer: its inputs, (in, in)
+
+
+def pack_statistics(layers: Mapping[str, Statistics]) -> dict[str, Any]:
+    """Statistics by layer for a journal."""
+    return {name: _packed(one) for name, one in layers.items()}
+
+
+def unpack_statistics(packed: Mapping[str, Any]) -> dict[str, Statistics]:
+    """What `pack_statistics` made."""
+    return {name: _unpacked(one) for name, one in packed.items()}
+
+
+def _packed(one: Statistics) -> dict[str, Any]:
+    given = None if one.given is None else _packed(one.given)
+    return {**one.__dict__, "given": given}
+
+
+def _unpacked(packed: Mapping[str, Any]) -> Statistics:
+    given = packed["given"]
+    return Statistics(**{**packed, "given": None if given is None else _unpacked(given)})
 
 
 def gather(
@@ -117,7 +137,7 @@ def gather(
                 for curvature in curvatures:
                     watcher.curvature = curvature.name
                     for _ in range(probes):
-                        curvature.backward(outputs, batch, probing)
+                        _run_backward(curvature, outputs, batch, index, probing)
     finally:
         for hook in hooks:
             hook.remove()
@@ -136,6 +156,19 @@ def gather(
         if uses:
             found[name] = _of_shared(uses, [curvature.name for curvature in curvatures])
     return found
+
+
+def _run_backward(
+    curvature: Curvature, outputs: Any, batch: Any, index: int, generator: torch.Generator
+) -> None:
+    """One draw; what only runs forward, as what writes over its activations, is told how to go."""
+    try:
+        curvature.backward(outputs, batch, generator)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the model does not run backward on batch {index}: {str(error).splitlines()[0]:.160}; "
+            "a forward= under torch.no_grad() has it analyzed without gradients"
+        ) from error
 
 
 def _of_shared(uses: Sequence[tuple[Statistics, nn.Module]], names: Sequence[str]) -> Statistics:
@@ -458,7 +491,8 @@ def _patches(layer: Convolution, given: torch.Tensor) -> torch.Tensor:
 def _watched(output: torch.Tensor, seen: Any) -> torch.Tensor:
     """With the gradient shown to `seen`: a copy, because what follows may work in place."""
     output = (output if output.requires_grad else output.requires_grad_()).clone()
-    output.register_hook(seen)
+    # What has no derivative (integer arithmetic of quantized layers) hands on no gradient at all.
+    output.register_hook(lambda gradient: None if gradient is None else seen(gradient))
     return output
 
 

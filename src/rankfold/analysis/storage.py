@@ -7,9 +7,11 @@ Nothing is unpickled; what a file says is checked before it is believed.
 """
 
 import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +23,16 @@ from safetensors.torch import load_file, save_file
 from rankfold.analysis.candidates import AnalysedLayer, Candidate
 from rankfold.analysis.correction import Check
 from rankfold.analysis.latency import LayerTiming, NetworkTiming
-from rankfold.errors import CheckpointError
+from rankfold.documents import read, read_json
+from rankfold.errors import CheckpointError, PlanError
+from rankfold.files import replace_file
 from rankfold.methods import METHODS, Moments, Spectrum
 
 if TYPE_CHECKING:
     from rankfold.analysis.analysis import Analysis
 
 FORMAT_VERSION = 1
+_MOST = 1e100  # of a moment: products of several stay finite
 DOCUMENT, TENSORS = "analysis.json", "analysis.safetensors"
 
 Pathlike = str | os.PathLike[str]
@@ -39,8 +44,9 @@ def save_analysis(analysis: "Analysis", directory: Pathlike) -> None:
     document, tensors = to_document(analysis)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        _replace(target / TENSORS, lambda path: save_file(tensors, path))
-        _replace(target / DOCUMENT, lambda path: path.write_text(json.dumps(document, indent=1)))
+        replace_file(target / TENSORS, lambda path: save_file(tensors, path))
+        text = json.dumps(document, indent=1)
+        replace_file(target / DOCUMENT, lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
 
@@ -49,14 +55,48 @@ def load_analysis(directory: Pathlike) -> "Analysis":
     """Read an analysis; raises CheckpointError for one that is missing, damaged or foreign."""
     source = Path(directory)
     try:
-        document = json.loads((source / DOCUMENT).read_text(encoding="utf-8"))
-        tensors = load_file(source / TENSORS)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
+        document = read_json(source / DOCUMENT)
+        tensors = read_tensors(source / TENSORS)
+    except (OSError, PlanError, CheckpointError) as error:
         raise CheckpointError(f"{source} holds no analysis: {error}") from error
     try:
         return from_document(document, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; raises CheckpointError for any other."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def pack_analysis(analysis: "Analysis") -> tuple[str, dict[str, torch.Tensor]]:
+    """An analysis for a journal."""
+    document, tensors = to_document(analysis)
+    return json.dumps(document), tensors
+
+
+def unpack_analysis(packed: tuple[str, Mapping[str, torch.Tensor]]) -> "Analysis":
+    """What `pack_analysis` made; raises CheckpointError for anything else."""
+    text, tensors = packed
+    return from_document(json.loads(text), tensors)
+
+
+def pack_layer(layer: AnalysedLayer) -> tuple[str, dict[str, torch.Tensor]]:
+    """One layer of an analysis for a journal."""
+    tensors: dict[str, torch.Tensor] = {}
+    return json.dumps(_to_json(0, layer, tensors)), tensors
+
+
+def unpack_layer(packed: tuple[str, Mapping[str, torch.Tensor]]) -> AnalysedLayer:
+    """What `pack_layer` made."""
+    text, tensors = packed
+    return _from_json(0, json.loads(text), tensors)
 
 
 def to_document(analysis: "Analysis") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -84,31 +124,36 @@ def from_document(document: Any, tensors: Mapping[str, torch.Tensor]) -> "Analys
     try:
         if document["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
-                f"format version {document['format_version']}, this rankfold reads {FORMAT_VERSION}"
+                f"format version {document['format_version']!r:.40}, this rankfold reads "
+                f"{FORMAT_VERSION}"
             )
         timing = document["timing"]
-        return Analysis(
+        analysis = Analysis(
             tuple(_from_json(i, entry, tensors) for i, entry in enumerate(document["layers"])),
             parameters=_count(document, "parameters"),
             weight_bytes=_count(document, "weight_bytes"),
             macs=_count(document, "macs"),
-            batch_size=_count(document, "batch_size"),
-            metric=str(document["metric"]),
-            checks=tuple(
-                Check(**{**check, "rank": tuple(check["rank"])}) for check in document["checks"]
-            ),
-            trials=tuple(Trial(**trial) for trial in document["trials"]),
-            timing=None if timing is None else NetworkTiming(**timing),
+            batch_size=_count(document, "batch_size", least=1),
+            metric=document["metric"],
+            checks=tuple(read(Check, check, "check") for check in document["checks"]),
+            trials=tuple(read(Trial, trial, "trial") for trial in document["trials"]),
+            timing=None if timing is None else read(NetworkTiming, timing, "timing"),
         )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"the analysis is damaged: {error!r}") from error
+        names = {layer.name for layer in analysis.layers}
+        _require(len(names) == len(analysis.layers), "two layers of one name")
+        _require(isinstance(analysis.metric, str), f"metric {analysis.metric!r:.40}")
+        _require(all(check.layer in names for check in analysis.checks), "a check of no layer")
+        _require(timing is None or _are_times(document["timing"]), f"timing {timing!r:.80}")
+    except (
+        *(KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError),
+        *(OverflowError, PlanError),
+    ) as error:
+        raise CheckpointError(f"the analysis is damaged: {error!r:.300}") from error
+    return analysis
 
 
-def _replace(path: Path, write: Any) -> None:
-    """Write beside the file, then rename: it is never half there."""
-    beside = path.with_name(path.name + ".new")
-    write(beside)
-    beside.replace(path)
+def _are_times(timing: Mapping[str, Any]) -> bool:
+    return all(0 <= timing[name] < math.inf for name in ("dense_ms", "rest_ms"))
 
 
 def _to_json(index: int, layer: AnalysedLayer, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -152,49 +197,112 @@ def _to_json(index: int, layer: AnalysedLayer, tensors: dict[str, torch.Tensor])
     }
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """What is said of a layer beside its methods and times."""
+
+    name: str
+    layer: str
+    reason: str | None
+    scale: float | None
+    given_scale: float | None = None
+    reader: str | None = None
+    tied: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What is said of a method that was fitted, beside its settings."""
+
+    grid: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[int, int], ...]
+
+
 def _from_json(
     index: int, entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> AnalysedLayer:
+    flat = _Layer.__dataclass_fields__.keys()
+    about = read(_Layer, {name: one for name, one in entry.items() if name in flat}, "layer")
     methods, spectra, grids, candidates = {}, {}, {}, []
-    for name, about in entry["methods"].items():
-        methods[name] = METHODS[name](**about["settings"])
-        grids[name] = tuple(tuple(int(n) for n in values) for values in about["grid"])
-        spectra[name] = tuple(
-            Spectrum(tensors[f"{index}.{name}.spectrum.{place}"], (int(shape[0]), int(shape[1])))
-            for place, shape in enumerate(about["shapes"])
-        )
+    for name, settings in entry["methods"].items():
+        methods[name] = METHODS[name](**settings["settings"])
+        fitted = {key: one for key, one in settings.items() if key != "settings"}
+        found = read(_Fitted, fitted, f"{about.name}: {name}")
+        _require(_ascend(found.grid), f"ranks {found.grid!r:.80}")
+        grids[name] = found.grid
         key = f"{index}.{name}"
-        if f"{key}.ranks" in tensors:
-            columns = (tensors[f"{key}.{part}"].tolist() for part in ("ranks", "losses", "costs"))
-            for rank, loss, (parameters, macs) in zip(*columns, strict=True):
-                if not (loss >= 0 and min(rank) >= 1 and min(parameters, macs) >= 0):
-                    raise ValueError(f"candidate {rank} of {entry['name']!r:.80}")
-                candidates.append(Candidate(name, tuple(rank), loss, parameters, macs))
-    timing = entry["timing"]
-    if timing is not None:
-        timing = LayerTiming(
-            float(timing["dense_ms"]),
-            {
-                name: tuple(tuple(values) for values in grid)
-                for name, grid in timing["grids"].items()
-            },
-            {name: np.array(table, dtype=float) for name, table in timing["tables"].items()},
+        spectra[name] = tuple(
+            _spectrum(tensors[f"{key}.spectrum.{place}"], shape)
+            for place, shape in enumerate(found.shapes)
         )
+        _require(len(spectra[name]) in (0, len(found.grid)), "spectra of other ranks")
+        if f"{key}.ranks" in tensors:
+            candidates += _candidates(name, key, len(found.grid), tensors)
+    timing = None if entry["timing"] is None else _timing(entry["timing"])
+    if timing is not None:
+        for one in candidates:
+            _require(len(timing.grids[one.method]) == len(one.rank), "times of other ranks")
     return AnalysedLayer(
-        str(entry["name"]),
-        str(entry["layer"]),
+        about.name,
+        about.layer,
         _count(entry, "parameters"),
         _count(entry, "macs"),
-        entry["reason"],
+        about.reason,
         methods,
         spectra,
         tuple(candidates),
         grids,
         _moments(f"{index}", entry, tensors),
-        _count(entry, "element_size"),
+        _count(entry, "element_size", least=1),
         timing,
-        entry.get("reader"),
-        tuple(str(name) for name in entry.get("tied", ())),
+        about.reader,
+        about.tied,
+    )
+
+
+def _candidates(
+    method: str, key: str, entries: int, tensors: Mapping[str, torch.Tensor]
+) -> list[Candidate]:
+    ranks, losses, costs = (tensors[f"{key}.{part}"] for part in ("ranks", "losses", "costs"))
+    _require(not (ranks.is_floating_point() or costs.is_floating_point()), "ranks of no integers")
+    _require(ranks.shape == (len(ranks), entries) and bool((ranks >= 1).all()), f"ranks of {key}")
+    _require(costs.shape == (len(ranks), 2) and bool((costs >= 0).all()), f"costs of {key}")
+    finite = losses.is_floating_point() and bool((losses.isfinite() & (losses >= 0)).all())
+    _require(losses.shape == (len(ranks),) and finite, f"losses of {key}")
+    return [
+        Candidate(method, tuple(rank), loss, parameters, macs)
+        for rank, loss, (parameters, macs) in zip(
+            ranks.tolist(), losses.tolist(), costs.tolist(), strict=True
+        )
+    ]
+
+
+def _spectrum(values: torch.Tensor, shape: tuple[int, int]) -> Spectrum:
+    real = values.is_floating_point() and bool((values.isfinite() & (values >= 0)).all())
+    fits = values.dim() == 1 and 1 <= len(values) <= min(shape)
+    _require(real and fits, f"a spectrum of {tuple(values.shape)!r:.40} for {shape!r:.60}")
+    return Spectrum(values, shape)
+
+
+def _timing(entry: Mapping[str, Any]) -> LayerTiming:
+    tables = {name: np.array(table, dtype=float) for name, table in entry["tables"].items()}
+    without = {name: one for name, one in entry.items() if name != "tables"}
+    found = read(LayerTiming, {**without, "tables": {}}, "timing of a layer")
+    _require(0 <= found.dense_ms < math.inf, f"a time of {found.dense_ms}")
+    _require(found.grids.keys() == tables.keys(), "times of other methods")
+    for name, grid in found.grids.items():
+        _require(_ascend(grid), f"times at ranks {grid!r:.80}")
+        table = tables[name]
+        _require(table.shape == tuple(map(len, grid)), "times of other ranks")
+        _require(bool((np.isfinite(table) & (table >= 0)).all()), "times that are none")
+    return LayerTiming(found.dense_ms, found.grids, tables)
+
+
+def _ascend(grid: Sequence[Sequence[int]]) -> bool:
+    """Whether each entry of a rank has values, positive and ascending."""
+    return len(grid) > 0 and all(
+        len(entry) > 0 and entry[0] >= 1 and all(a < b for a, b in pairwise(entry))
+        for entry in grid
     )
 
 
@@ -218,16 +326,29 @@ def _moments(
     given = None
     if not prefix and "given_scale" in entry:
         given = _moments(f"{key}.given", entry, tensors, "given_")
+    _require(scale is None or 0 <= scale < math.inf, f"a scale of {scale!r:.40}")
     return Moments(
-        tensors.get(f"{key}.inputs"),
-        tensors.get(f"{key}.gradients"),
+        _moment(tensors.get(f"{key}.inputs")),
+        _moment(tensors.get(f"{key}.gradients")),
         None if scale is None else float(scale),
         given,
     )
 
 
-def _count(document: Mapping[str, Any], key: str) -> int:
+def _moment(found: torch.Tensor | None) -> torch.Tensor | None:
+    if found is not None:
+        square = found.dim() == 1 or (found.dim() in (2, 3) and found.shape[-1] == found.shape[-2])
+        real = found.dtype == torch.float64 and bool((found.abs() < _MOST).all())
+        _require(square and found.numel() > 0 and real, f"a moment of {tuple(found.shape)}")
+    return found
+
+
+def _count(document: Mapping[str, Any], key: str, least: int = 0) -> int:
     value = document[key]
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{key} is {value!r:.40}")
+    _require(type(value) is int and value >= least, f"{key} is {value!r:.40}")
     return value
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)

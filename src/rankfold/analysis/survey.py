@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
 from rankfold.analysis.readers import Readers, carries_hooks
 from rankfold.batches import (
@@ -28,6 +29,10 @@ from rankfold.errors import CalibrationError, ModelError
 from rankfold.layers import TiedLayers
 from rankfold.progress import Progress, silent
 
+_MADE_BY_A_HOOK = (
+    "its weight is made by a hook at every call: make it permanent first (torch.nn.utils."
+    "remove_weight_norm, remove_spectral_norm, prune.remove)"
+)
 _ALSO = "its weight is also that of"
 _ASKS_A_KIND = (
     torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
@@ -64,13 +69,17 @@ def survey(
     for data that yields nothing, and for a batch or activations of a layer that are not finite.
     """
     check_weights(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("a TorchScript model cannot be looked into: pass the module it came from")
+    check_kind(model)
     names = {module: name for name, module in model.named_modules()}
     shapes: dict[nn.Module, list[tuple[int, ...]]] = {}
+    by_keyword: set[nn.Module] = set()
     current = 0
 
-    def watch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def watch(
+        module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any
+    ) -> None:
+        if named and not inputs:
+            by_keyword.add(module)
         # A packed batch costs what one sequence of all its steps does.
         given = inputs[0] if inputs else None
         given = given.data if isinstance(given, PackedSequence) else given
@@ -86,15 +95,23 @@ def survey(
     if not owners:
         raise ModelError("the model has no layer with a weight")
     unhooked = {module: _hooks(module) for module in owners}
-    leaves = [module for module in model.modules() if not any(module.children())]
-    reads = _OutsideReads(owners)
+    # Torch takes no such hooks on scripted modules.
+    seen = [module for module in owners if not isinstance(module, torch.jit.ScriptModule)]
+    leaves = [
+        module
+        for module in model.modules()
+        if next(module.children(), None) is None and not isinstance(module, torch.jit.ScriptModule)
+    ]
+    reads = _OutsideReads(seen)
     readers = Readers(model, lambda module: type(module) is nn.Linear)
     hooks = list(readers.hooks)
     # Before the readers know of an output, so that looking at it is not reading it.
-    looked_at = {*leaves, *owners}
-    hooks += [module.register_forward_hook(watch, prepend=True) for module in looked_at]
-    hooks += [module.register_forward_pre_hook(reads.enter) for module in owners]
-    hooks += [module.register_forward_hook(reads.leave) for module in owners]
+    looked_at = {*leaves, *seen}
+    hooks += [
+        module.register_forward_hook(watch, prepend=True, with_kwargs=True) for module in looked_at
+    ]
+    hooks += [module.register_forward_pre_hook(reads.enter) for module in seen]
+    hooks += [module.register_forward_hook(reads.leave) for module in seen]
     size, macs = 1, 0
 
     def run(batch: Any) -> None:
@@ -119,6 +136,7 @@ def survey(
         for hook in hooks:
             hook.remove()
     shared = _shared_weights(owners, names)
+    held = _held_otherwise(model)
     direct = {
         child: type(m).__name__
         for m in model.modules()
@@ -129,8 +147,16 @@ def survey(
     reasons: dict[nn.Module, str | None] = {}
     for module in owners:
         reason = None
-        if unhooked[module] is not None:
+        if _is_made_by_a_hook(module):
+            reason = _MADE_BY_A_HOOK
+        elif isinstance(module, torch.jit.ScriptModule):
+            reason = "it is TorchScript: put the module there that it came from"
+        elif unhooked[module] is not None:
             reason = unhooked[module]
+        elif "forward" in vars(module):
+            reason = "its forward was replaced by another function, which would be lost"
+        elif module in held:
+            reason = f"the model also holds it as {held[module]}, past its submodules"
         elif parametrize.is_parametrized(module):
             reason = "its weight is parametrized: remove the parametrizations first"
         elif (kind := _unusual_kind(module)) is not None:
@@ -139,6 +165,8 @@ def survey(
             reason = f"{_ALSO} '{shared[module]}'"
         elif module in direct:
             reason = f"{direct[module]} reads its weight directly"
+        elif module in by_keyword:
+            reason = "the model names its input when it calls it, and forms have names of their own"
         elif module not in shapes:
             reason = "the forward pass never calls it"
         elif module in reads.found:
@@ -205,6 +233,28 @@ def _tied_layer(
     return SurveyedLayer(first, group, calls, None, None, tuple(others))
 
 
+def check_kind(model: nn.Module) -> None:
+    """Raise ModelError for a model that is a wrapper which knows of no layer but its own."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a TorchScript model cannot be looked into: pass the module it came from")
+    if is_compiled(model):
+        raise ModelError(
+            "a model that torch.compile made runs the layers that it was made of: pass the module "
+            "it came from (model._orig_mod), and compile what comes out"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ModelError(
+            "DistributedDataParallel knows no weights but those that it was made with: pass "
+            "model.module, and wrap what comes out"
+        )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` made the module around another."""
+    # By name: to import its class takes seconds.
+    return type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
+
+
 def check_weights(model: nn.Module) -> None:
     """Raise ModelError unless every parameter is there and finite."""
     for name, parameter in model.named_parameters():
@@ -228,7 +278,8 @@ class _OutsideReads(TorchFunctionMode):
     def __init__(self, owners: Iterable[nn.Module]) -> None:
         super().__init__()
         self.owners: dict[int, list[nn.Module]] = {}  # by id of a weight, which several may share
-        for module in owners:
+        self.watched = dict.fromkeys(owners)
+        for module in self.watched:
             if hasattr(module, "weight"):
                 self.owners.setdefault(id(module.weight), []).append(module)
         self.inside: list[nn.Module] = []
@@ -239,8 +290,11 @@ class _OutsideReads(TorchFunctionMode):
         found_by_name = nn.Module.__getattr__
 
         def noted(module: nn.Module, name: str) -> Any:
-            if name == "weight" and module not in self.inside:
-                self.asked.add(module)
+            if module in self.watched and module not in self.inside:
+                if name == "weight":
+                    self.asked.add(module)
+                elif name in module._parameters:  # a bias, None too: forms have it elsewhere
+                    self.found.add(module)
             return found_by_name(module, name)
 
         self._patch = mock.patch.object(nn.Module, "__getattr__", noted)
@@ -297,6 +351,30 @@ def _unusual_kind(module: nn.Module) -> str | None:
 def _hooks(module: nn.Module) -> str | None:
     """The reason not to replace a module that carries hooks of the user's: they would be lost."""
     return "it carries hooks, which would be lost" if carries_hooks(module) else None
+
+
+def _is_made_by_a_hook(module: nn.Module) -> bool:
+    """Whether a hook sets the weight from other parameters: weight norm, pruning."""
+    return any(
+        isinstance(value, torch.Tensor) and f"{name}{end}" in module._parameters
+        for name, value in vars(module).items()
+        for end in ("_orig", "_v")
+    )
+
+
+def _held_otherwise(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that are found in attributes too, which a replacement would not reach: and where."""
+    found: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        if is_compiled(module):
+            found[module._orig_mod] = f"what torch.compile made of '{name}'"
+        for attribute, value in vars(module).items():
+            if attribute in ("_modules", "_parameters", "_buffers"):
+                continue
+            place = f"'{name}.{attribute}'".replace("'.", "'")
+            leaves = _pytree.tree_leaves(value)
+            found |= {leaf: place for leaf in leaves if isinstance(leaf, nn.Module)}
+    return found
 
 
 def _shared_weights(owners: list[nn.Module], names: dict[nn.Module, str]) -> dict[nn.Module, str]:

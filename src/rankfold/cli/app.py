@@ -10,6 +10,7 @@ from rankfold.cli.console import people, results
 from rankfold.cli.demo import demo
 from rankfold.cli.evaluate import evaluate
 from rankfold.cli.export import export_model
+from rankfold.cli.from_disk import from_disk
 from rankfold.cli.inspect import inspect
 from rankfold.cli.report import report
 from rankfold.cli.slice import slice_model
@@ -28,7 +29,7 @@ Then yours, by the import paths of a function that makes it and of one that make
 
     rankfold compress my.code:make_model --data my.code:make_data --latency 0.5 --out small
 
-    rankfold export small small.onnx
+    rankfold export small small.onnx --trust
 
 Budgets are what is kept. Each command explains itself: rankfold compress --help.
 """
@@ -57,6 +58,7 @@ def every_command(
 app.command()(demo)
 app.command()(inspect)
 app.command()(compress)
+app.command(name="from-disk")(from_disk)
 app.command(name="slice")(slice_model)
 app.command()(evaluate)
 app.command()(report)

@@ -1,5 +1,8 @@
 """`rankfold compress`."""
 
+import hashlib
+import shutil
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +14,7 @@ from torch import nn
 from rankfold import processes
 from rankfold.analysis import Overrides
 from rankfold.batches import Data, Forward, device_of, first_batches, tensors_of
-from rankfold.checkpoint import check_target, load, save
+from rankfold.checkpoint import INCOMING, PLAN, check_target, load, save
 from rankfold.cli.console import print_json, progress, results
 from rankfold.cli.inputs import load_functions, load_inputs, prepare
 from rankfold.cli.options import (
@@ -45,14 +48,19 @@ from rankfold.cli.options import (
 )
 from rankfold.cli.recipe import Config, SaveRecipe, write_recipe
 from rankfold.cli.report import REPORT
+from rankfold.compress import UNASKED_DROP
 from rankfold.compress import compress as compress_model
 from rankfold.errors import CheckpointError
+from rankfold.files import replace_file
 from rankfold.imports import resolve_function
+from rankfold.journal import Journal
 from rankfold.measure import evaluate as measure_metric
 from rankfold.pretrained import is_pretrained
 from rankfold.record import record_of
 from rankfold.recover import Precision, Schedule
 from rankfold.report import write_report
+
+_PLACED = "placed/model"  # in the journal
 
 
 def compress(
@@ -82,7 +90,11 @@ def compress(
     runtime: RuntimeName = "eager",
     max_drop: Annotated[
         float | None,
-        typer.Option("--max-drop", help="Fewest MACs that lose so much of the metric at most."),
+        typer.Option(
+            "--max-drop",
+            help="Fewest MACs that lose so much of the metric at most before recovery; with no "
+            f"budget and no rule, {UNASKED_DROP}.",
+        ),
     ] = None,
     contest: Annotated[
         bool,
@@ -124,79 +136,130 @@ def compress(
 ) -> None:
     """Analyze, plan, factorize, recover, save; then load what was saved and measure that.
 
-    Interrupted in recovery, the same command goes on from the last finished epoch.
+    Import paths, on the command line or in a recipe, name code of yours: it is imported and run.
+
+    Killed at any point, the same command goes on where it was: what is finished is kept in a hidden
+    directory beside the one for the saved model until that is in its place.
     """
     if save_recipe is not None:
         write_recipe(context, save_recipe)
-    check_target(out, force)
     place = prepare(device, threads, seed)
-    network, batches, judged = load_inputs(model, data, text, test, place)
-    run_forward, measured = load_functions(forward, metric)
-    training_state = out.absolute().with_name(out.absolute().name + ".recovery.pt")
-    small = compress_model(
-        network,
-        batches,
-        params=params,
-        macs=macs,
-        memory=memory,
-        latency=latency,
-        max_drop=max_drop,
-        contest=contest,
-        energy=energy,
-        fraction=fraction,
-        evbmf=evbmf,
-        layers=layers or "*",
-        methods=methods or None,
-        overrides=Overrides(keep=keep or ()),
-        loss_metric=loss_metric,
-        runtime=runtime,
-        forward=run_forward,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        distance=DISTANCES[distance],
-        accumulation=accumulation,
-        precision=precision,
-        tensorboard=tensorboard,
-        loss_fn=resolve_function(loss, "loss") if loss else None,
-        checkpoint=training_state,
-        elastic=elastic,
-        merge=merge,
-        test=judged,
-        metric=measured,
-        seed=seed,
-        progress=progress,
-    )
-    place_of_model = str(Path(model).absolute()) if is_pretrained(model) else model
-    names = {"model": place_of_model, "data": data, "test": test, "metric": metric}
-    names |= {"forward": forward, "text": str(Path(text).absolute()) if text else None}
-    origin = {key: name for key, name in names.items() if name}
-    save(small, out, force=force, origin=origin)
-    if not processes.leave():
-        return
-    training_state.unlink(missing_ok=True)
+    with Journal(journal_of(out)) as journal:
+        if not _is_in_place(out, journal):
+            # What is there may be half of what this command was putting there.
+            check_target(out, force or journal.kept(_PLACED) is not None)
+        network, batches, judged = load_inputs(model, data, text, test, place)
+        run_forward, measured = load_functions(forward, metric)
+        small = compress_model(
+            network,
+            batches,
+            params=params,
+            macs=macs,
+            memory=memory,
+            latency=latency,
+            max_drop=max_drop,
+            contest=contest,
+            energy=energy,
+            fraction=fraction,
+            evbmf=evbmf,
+            layers=layers or "*",
+            methods=methods or None,
+            overrides=Overrides(keep=keep or ()),
+            loss_metric=loss_metric,
+            runtime=runtime,
+            forward=run_forward,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            schedule=schedule,
+            distance=DISTANCES[distance],
+            accumulation=accumulation,
+            precision=precision,
+            tensorboard=tensorboard,
+            loss_fn=resolve_function(loss, "loss") if loss else None,
+            elastic=elastic,
+            merge=merge,
+            test=judged,
+            metric=measured,
+            seed=seed,
+            journal=journal,
+            force=force,
+            progress=progress,
+        )
+        place_of_model = str(Path(model).absolute()) if is_pretrained(model) else model
+        names = {"model": place_of_model, "data": data, "test": test, "metric": metric}
+        names |= {"forward": forward, "text": str(Path(text).absolute()) if text else None}
+        origin = {key: name for key, name in names.items() if name}
+        if not processes.leave():
+            return
+        comparison = record_of(small).comparison
+        assert comparison is not None
+        if not _is_in_place(out, journal):
+            room = journal.path(f"result/{out.absolute().name}")
+            assert room is not None
+            save(small, room, force=True, origin=origin)
+            loaded = load(room, network)
+            verify(small, loaded, run_forward, judged)
+            again = measure_metric(measured, loaded, judged) if measured else None
+            if again != comparison.after.metric:
+                raise CheckpointError(
+                    f"the saved model, loaded again, has metric {again}, not "
+                    f"{comparison.after.metric}"
+                )
+            if find_spec("plotly") is not None:
+                write_report(record_of(small), room / REPORT, title=out.name, origin=origin)
+            # The journal knows what comes there, for a process that is killed before it is gone.
+            journal.forget(_PLACED)
+            journal.once(_PLACED, lambda: _file_sha256(room / PLAN))
+            if out.exists():
+                save(small, out, force=True, origin=origin)
+                if (room / REPORT).is_file():
+                    replace_file(out / REPORT, partial(shutil.copyfile, room / REPORT))
+            else:
+                room.rename(out)
+        tell(small, out, as_json)
+        journal.remove()
+
+
+def tell(small: nn.Module, out: Path, as_json: bool) -> None:
     comparison = record_of(small).comparison
     assert comparison is not None
-    loaded = load(out, network)
-    verify(small, loaded, run_forward, judged)
-    again = measure_metric(measured, loaded, judged) if measured else None
-    if again != comparison.after.metric:
-        raise CheckpointError(
-            f"the saved model, loaded again, has metric {again}, not {comparison.after.metric}"
-        )
-    has_report = find_spec("plotly") is not None
-    if has_report:
-        write_report(record_of(small), out / REPORT, title=out.name, origin=origin)
     if as_json:
         print_json(comparison, out=str(out))
         return
     results.print(record_of(small).plan, comparison)
+    has_report = (out / REPORT).is_file()
     where = out / REPORT if has_report else "none; pip install 'rankfold[report]' for one"
     results.print(f"report: {where}", markup=False)
     if comparison.speedup < 1:
         results.print("[bold]No faster:[/] fewer MACs did not buy time here; keep the original.")
-    found = "" if again is None else f" (metric {again:.4f})"
+    metric = comparison.after.metric
+    found = "" if metric is None else f" (metric {metric:.4f})"
     results.print(f"saved to {out}; loaded again it gives the same outputs{found}")
+
+
+def journal_of(out: Path) -> Path:
+    """Where what is finished is kept until the saved model is in its place."""
+    whole = out.absolute()
+    return whole.with_name(f".{whole.name}.journal")
+
+
+def _is_in_place(out: Path, journal: Journal) -> bool:
+    """Whether the saved model is there, whole, which this journal's command was putting there."""
+    room = journal.path(f"result/{out.absolute().name}")
+    assert room is not None
+    if not (out / PLAN).is_file() or (out / INCOMING).exists():
+        return False
+    report = _file_sha256(room / REPORT)
+    if report is not None and report != _file_sha256(out / REPORT):  # it is copied last
+        return False
+    return bool(journal.kept(_PLACED) == _file_sha256(out / PLAN))
+
+
+def _file_sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(saved: nn.Module, loaded: nn.Module, forward: Forward, judged: Data) -> None:

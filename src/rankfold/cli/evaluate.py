@@ -6,22 +6,24 @@ from typing import Annotated
 import typer
 
 from rankfold.batches import first_batches
-from rankfold.checkpoint import load, read_plan_document
+from rankfold.checkpoint import load
 from rankfold.cli.console import people, print_json, progress, results
-from rankfold.cli.inputs import load_functions, load_inputs, prepare, remembered
-from rankfold.cli.options import Device, Json, Seed, Threads
+from rankfold.cli.inputs import load_functions, load_inputs, origin_of, prepare, remembered
+from rankfold.cli.options import Device, Json, Seed, Threads, Trust
 from rankfold.measure import in_fastest_memory_format, measure
 
 
 def evaluate(
     directory: Annotated[Path, typer.Argument(help="A saved model.")],
     model: Annotated[
-        str | None, typer.Option("--model", help="As for compress (default: what was used then).")
+        str | None,
+        typer.Option("--model", help="As for compress (with --trust: what was used then)."),
     ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Likewise.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="Likewise.")] = None,
     metric: Annotated[str | None, typer.Option("--metric", help="Likewise.")] = None,
     forward: Annotated[str | None, typer.Option("--forward", help="Likewise.")] = None,
+    trust: Trust = False,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -29,10 +31,11 @@ def evaluate(
 ) -> None:
     """Load a saved model and measure it against the original.
 
-    The import paths given to compress are remembered in the directory and used again, so code that
-    they name is run: give --model and --data for a directory from someone you do not trust.
+    The import paths given to compress are remembered in the directory. With --trust they are used
+    again, so that code that they name is run; without, for a directory from someone else, give
+    --model and --data.
     """
-    origin = read_plan_document(directory)["origin"]
+    origin = origin_of(directory, trust)
     model, data, text = remembered(directory, origin, model, data, text)
     place = prepare(device, threads, seed)
     people.print(f"model {model}, data {data or text}", highlight=False)

@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from rankfold.batches import first_batches
-from rankfold.checkpoint import load, read_plan_document
+from rankfold.checkpoint import load
 from rankfold.cli.console import results
-from rankfold.cli.inputs import load_functions, load_inputs, prepare, remembered
-from rankfold.cli.options import ForwardPath, Json, MetricPath, Threads
+from rankfold.cli.inputs import load_functions, load_inputs, origin_of, prepare, remembered
+from rankfold.cli.options import ForwardPath, Json, MetricPath, Threads, Trust
 from rankfold.export import Axes, Format, export, write_source
 
 
@@ -64,12 +64,14 @@ def export_model(
         bool, typer.Option("--fold/--no-fold", help="Batch norms into the layers beside them.")
     ] = True,
     model: Annotated[
-        str | None, typer.Option("--model", help="As for compress (default: what was used then).")
+        str | None,
+        typer.Option("--model", help="As for compress (with --trust: what was used then)."),
     ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Likewise.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="Likewise.")] = None,
     metric: MetricPath = None,
     forward: ForwardPath = None,
+    trust: Trust = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -77,9 +79,9 @@ def export_model(
 
     Files of ONNX Runtime (.onnx), OpenVINO (.xml), torch.export (.pt2) and ExecuTorch (.pte) need
     no rankfold. Python (a directory) is a readable file that builds the network of torch's own
-    layers, and its weights. The import paths given to compress are used again, as by evaluate.
+    layers, and its weights. With --trust the import paths given to compress are used again.
     """
-    origin = read_plan_document(directory)["origin"]
+    origin = origin_of(directory, trust)
     named = remembered(directory, origin, model, data, text)
     place = prepare("cpu", threads, 0)
     network, batches, _ = load_inputs(*named, None, place)

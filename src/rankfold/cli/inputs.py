@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from rankfold import processes
 from rankfold.batches import Data, Forward, run
+from rankfold.checkpoint import read_plan_document
 from rankfold.cli.console import people
 from rankfold.errors import CalibrationError, CheckpointError, DeviceError
 from rankfold.imports import resolve_data, resolve_function, resolve_model, resolve_text
 from rankfold.measure import Metric
+from rankfold.pretrained import is_pretrained
+
+_OURS = {f"rankfold.demo:{name}" for name in ("make_model", "make_data", "make_test", "accuracy")}
 
 
 def prepare(device: str, threads: int | None, seed: int) -> torch.device:
@@ -51,9 +54,33 @@ def load_functions(forward: str | None, metric: str | None) -> tuple[Forward, Me
     )
 
 
+def origin_of(directory: Path, trust: bool) -> dict[str, str]:
+    """What compress was given, as the directory remembers it.
+
+    A saved model may be from anyone: what it names is imported and run only if it is trusted, and
+    left out otherwise, but for directories of transformers, texts, and what ships with rankfold.
+    """
+    origin: dict[str, str] = read_plan_document(directory)["origin"]
+    code = {} if trust else {key: name for key, name in origin.items() if _is_code(key, name)}
+    if code:
+        named = ", ".join(f"{key} {name}" for key, name in code.items())
+        people.print(
+            f"not run, since {directory} names it: {named}; --trust has it run",
+            highlight=False,
+            markup=False,
+        )
+    return {key: name for key, name in origin.items() if key not in code}
+
+
+def _is_code(key: str, name: str) -> bool:
+    if key == "text" or name in _OURS:
+        return False
+    return key != "model" or not is_pretrained(name)
+
+
 def remembered(
     directory: Path,
-    origin: Mapping[str, Any],
+    origin: Mapping[str, str],
     model: str | None,
     data: str | None,
     text: str | None,
@@ -63,6 +90,9 @@ def remembered(
     if data is None and text is None:
         data, text = origin.get("test") or origin.get("data"), origin.get("text")
         text = None if data else text
-    if not (isinstance(model, str) and isinstance(data or text, str)):
-        raise CheckpointError(f"{directory} does not say its model and data: give --model, --data")
+    if model is None or (data is None and text is None):
+        raise CheckpointError(
+            f"{directory} does not say its model and data, or is not trusted to: give --model and "
+            "--data, or --trust for what it names"
+        )
     return model, data, text

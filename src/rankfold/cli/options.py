@@ -89,5 +89,9 @@ Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads (default: torch's choice).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Import and run what the directory names: it is your own."),
+]
 Out = Annotated[Path, typer.Option("--out", help="Directory for the saved model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a saved model that is there.")]

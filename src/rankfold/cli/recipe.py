@@ -17,7 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rankfold.errors import RankfoldError
+from rankfold.documents import check_tame
+from rankfold.errors import PlanError, RankfoldError
 
 _ITSELF = ("config", "save_recipe")
 _ASKED = ("COMMANDLINE", "DEFAULT_MAP")  # and not by default
@@ -29,7 +30,8 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         return path
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        check_tame(recipe)
+    except (OSError, ValueError, RecursionError, PlanError) as error:
         raise RankfoldError(f"the recipe {path} cannot be read: {error}") from error
     known = {_name_of(parameter): parameter for parameter in context.command.params}
     for name, value in recipe.items():

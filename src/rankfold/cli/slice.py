@@ -10,7 +10,8 @@ import typer
 from rankfold.batches import device_of, first_batches
 from rankfold.checkpoint import check_target, load, read_plan_document, save
 from rankfold.cli.console import results
-from rankfold.cli.options import Force, Json, Latency, Macs, Memory, Out, Params
+from rankfold.cli.inputs import origin_of
+from rankfold.cli.options import Force, Json, Latency, Macs, Memory, Out, Params, Trust
 from rankfold.deployment import merge_adjacent
 from rankfold.elastic import slice_to
 from rankfold.errors import BudgetError, CheckpointError
@@ -26,25 +27,27 @@ def slice_model(
     memory: Memory = None,
     latency: Latency = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="As for compress (default: what was used then).")
+        str | None,
+        typer.Option("--model", help="As for compress (with --trust: what was used then)."),
     ] = None,
     merge_with: Annotated[
         str | None,
         typer.Option("--merge", help="Import path of batches to find what can be merged."),
     ] = None,
+    trust: Trust = False,
     as_json: Json = False,
     force: Force = False,
 ) -> None:
     """Cut a smaller network out of an elastic one, at once and without data.
 
-    The import path of the model that is remembered in the directory is used again, as by evaluate.
+    With --trust the import path of the model that is remembered in the directory is used again.
     """
     check_target(out, force)
-    document = read_plan_document(directory)
-    origin = document["origin"]
-    model = model or origin.get("model")
-    if not isinstance(model, str):
-        raise CheckpointError(f"{directory} does not say its model: give --model")
+    model = model or origin_of(directory, trust).get("model")
+    if model is None:
+        raise CheckpointError(
+            f"{directory} does not say its model, or is not trusted to: give --model, or --trust"
+        )
     asked = {"params": params, "macs": macs, "memory": memory, "latency": latency}
     budget = {name: value for name, value in asked.items() if value is not None}
     if not budget:
@@ -54,7 +57,8 @@ def slice_model(
     if merge_with is not None:
         batch = next(first_batches(resolve_data(merge_with), 1, device_of(small)))
         small = merge_adjacent(small, batch)
-    save(small, out, force=force, origin={**origin, "model": model})
+    origin = {**read_plan_document(directory)["origin"], "model": model}
+    save(small, out, force=force, origin=origin)
     plan = record_of(small).plan
     if as_json:
         json.dump({"out": str(out), "plan": plan.to_json()}, sys.stdout, indent=1)

@@ -61,14 +61,21 @@ def relative_error(
 def working_precision(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in float32 (from half precision) or as it is (float32, float64), and finite.
 
-    Raises TensorError, a ValueError, for other dtypes, NaN and infinity.
+    Raises TensorError, a ValueError, for other dtypes, NaN and infinity, and for numbers so large
+    that the dtype cannot hold their norm.
     """
     if tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.float()
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TensorError(f"decompositions take real floating-point tensors, not {tensor.dtype}")
-    if not all(math.isfinite(extreme.item()) for extreme in tensor.detach().aminmax()):
+    extremes = [abs(extreme.item()) for extreme in tensor.detach().aminmax()]
+    if not all(map(math.isfinite, extremes)):
         raise TensorError(f"the tensor of shape {shape(tensor)} holds NaN or infinity")
+    if max(extremes) * math.sqrt(tensor.numel()) > torch.finfo(tensor.dtype).max:
+        raise TensorError(
+            f"the tensor of shape {shape(tensor)} holds numbers up to {max(extremes):.3g}: "
+            f"its norm is beyond {tensor.dtype}; scale it down"
+        )
     return tensor
 
 

@@ -1,6 +1,5 @@
 """A network written into a file for another program, and the file tried."""
 
-import copy
 import inspect
 import os
 import tempfile
@@ -16,7 +15,17 @@ from rich.table import Table
 from torch import nn
 from torch.utils import _pytree
 
-from rankfold.batches import Data, Forward, batch_size, device_of, map_tensors, run, running
+from rankfold.batches import (
+    Data,
+    Forward,
+    batch_size,
+    device_of,
+    map_tensors,
+    run,
+    run_or_explain,
+    running,
+)
+from rankfold.copies import copy_of
 from rankfold.deployment import fold_batch_norms
 from rankfold.errors import CheckpointError, ModelError, RankfoldError
 from rankfold.export.formats import FORMATS, FileFormat
@@ -86,7 +95,7 @@ def export(
     kind.check()
     if metric is not None and data is None:
         raise RankfoldError("a metric is evaluated on data: give data")
-    network = copy.deepcopy(model).cpu().eval()
+    network = copy_of(model).cpu().eval()
     batch = map_tensors(example, lambda tensor: tensor.cpu())
     if fold:
         network = fold_batch_norms(network, batch, forward=forward).eval()
@@ -132,8 +141,8 @@ def _tried(
     """Written, run and compared; and what runs the file."""
     with running(network), torch.no_grad():
         structure = _write(network, batch, forward, path, kind, dynamic)
-        file = kind.load(path, structure)
-        error = output_error(forward(network, batch), forward(file, batch))
+        file = _loaded(kind, path, structure)
+        error = output_error(forward(network, batch), run_or_explain(forward, file, batch, 0))
         if not error <= _CLOSE:
             raise ModelError(f"{path.name} gives other outputs than the model: by {error:.2g}")
         others = _other_sizes(network, file, batch, forward, dynamic)
@@ -141,6 +150,16 @@ def _tried(
         before, after = latencies(calls, device_of(network))
     size = sum(one.stat().st_size for one in _files_of(path))
     return Exported(path, kind.runtime, size, others, error, before, after, None), file
+
+
+def _loaded(kind: FileFormat, path: Path, structure: Any) -> nn.Module:
+    try:
+        return kind.load(path, structure)
+    except Exception as error:
+        line = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ModelError(
+            f"{path.name} was written but cannot be read by {kind.runtime}: {line:.200}"
+        ) from error
 
 
 def _format_of(path: Path) -> str:

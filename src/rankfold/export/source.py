@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from rankfold.copies import copy_of
 from rankfold.errors import CheckpointError, ModelError
 from rankfold.version import __version__
 
@@ -57,7 +58,7 @@ def write_source(
     the factorized one. Raises ModelError, naming the layer, for a network with layers that torch
     itself does not have; CheckpointError for a directory that cannot be written.
     """
-    dense = copy.deepcopy(like) if isinstance(like, nn.Module) else like()
+    dense = copy_of(like) if isinstance(like, nn.Module) else like()
     changes = [*_changes(dense, model, ""), *_shared(model)]
     text = _PAGE.format(
         version=__version__,

@@ -6,7 +6,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from rankfold.errors import RankError
+from rankfold.errors import RankError, TensorError
 
 # What methods see; of grouped and transposed convolutions they see the plain ones within.
 Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -40,11 +40,11 @@ def assign_factors(
 
     Device, dtype, `requires_grad` and training mode become those of `layer`; a factor that the form
     has frozen stays so. A 1x1 kernel may be given as a matrix. The parameters are copies: `layer`
-    and `form` share no memory.
+    and `form` share no memory. Raises TensorError for what the dtype cannot hold.
     """
     dense = cast(Any, layer)
     for factor, weight in zip(factors_of(form), weights, strict=True):
-        weight = weight.detach().to(dense.weight.device, dense.weight.dtype, copy=True)
+        weight = _stored(weight, dense.weight)
         factor.weight = nn.Parameter(
             weight.reshape(factor.weight.shape).contiguous(),
             dense.weight.requires_grad and factor.weight.requires_grad,
@@ -58,8 +58,18 @@ def assign_factors(
 
 def parameter_like(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     """A parameter of this value, copied, on the device of another, of its dtype, trained or not."""
-    value = value.detach().to(like.device, like.dtype, copy=True).contiguous()
-    return nn.Parameter(value, like.requires_grad)
+    return nn.Parameter(_stored(value, like).contiguous(), like.requires_grad)
+
+
+def _stored(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A copy on the device of another and in its dtype; TensorError if that is too narrow."""
+    found = value.detach().to(like.device, like.dtype, copy=True)
+    if not (found.is_meta or found.isfinite().all()):
+        raise TensorError(
+            f"a factor has numbers beyond {like.dtype}, up to {value.abs().max().item():.3g}: "
+            "scale the layer's weight down, or factorize it in a wider dtype"
+        )
+    return found
 
 
 def fill_dense(dense: nn.Module, weight: torch.Tensor, form: nn.Sequential | nn.ModuleList) -> None:

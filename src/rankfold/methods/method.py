@@ -75,7 +75,9 @@ def why_not_dense(
     """
     if type(layer) not in kinds:
         return other_kind(layer)
-    if layer.get_parameter("weight").numel() == 0:
+    if not isinstance(weight := layer.weight, nn.Parameter):
+        return "its weight is no parameter: something makes it at every call"
+    if weight.numel() == 0:
         return "its weight is empty"
     groups = getattr(layer, "groups", 1)
     return None if groups == 1 else f"grouped convolution, groups={groups}"

@@ -4,14 +4,14 @@ import copy
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import torch
 from torch import nn
 
 from rankfold import processes
-from rankfold.batches import device_of
+from rankfold.documents import read
 from rankfold.errors import CheckpointError
+from rankfold.journal import read_entry, write_entry
 from rankfold.recover.trainer import Trainer
 
 Keep = Literal["best", "last"]
@@ -72,28 +72,28 @@ def write(path: Path, run_name: str, state: State, trainer: Trainer) -> None:
         "weights": trainer.model.state_dict(),
         **trainer.state_dict(),
     }
-    partial_path = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(document, partial_path)
-        partial_path.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    write_entry(path, document)
 
 
 def resume(path: Path, run_name: str, state: State, trainer: Trainer) -> None:
     """Bring back the state that `write` wrote; CheckpointError unless it is of this run."""
     try:
-        document: Any = torch.load(path, map_location=device_of(trainer.model), weights_only=True)
+        document = read_entry(path)
         if document["run"] != run_name:
             raise CheckpointError(
                 f"{path} is of another run (other model, plan or settings): delete it to start anew"
             )
-        state.history = [Epoch(**epoch) for epoch in document["history"]]
-        state.best, state.best_score = document["best"], document["best_score"]
-        state.weights = document["best_weights"]
-        trainer.model.load_state_dict(document["weights"])
+        history = [read(Epoch, epoch, "epoch") for epoch in document["history"]]
+        best, best_score = document["best"], float(document["best_score"])
+        in_turn = [epoch.index for epoch in history] == list(range(len(history)))
+        if not (in_turn and best in range(len(history))):
+            raise ValueError(f"epoch {best!r:.40} of {len(history)}")
+        # The best weights are loaded last of all: that they fit is seen now.
+        for weights in (document["best_weights"], document["weights"]):
+            trainer.model.load_state_dict(weights)
         trainer.load_state_dict(document)
+        state.history, state.best, state.best_score = history, best, best_score
+        state.weights = document["best_weights"]
     except CheckpointError:
         raise
     except Exception as error:

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,16 @@ def run_watched(
     watched: Mapping[nn.Module, Callable[..., None]],
 ) -> None:
     """One forward pass that shows each of these modules' calls: module, inputs, output."""
-    hooks = [module.register_forward_hook(show) for module, show in watched.items()]
+
+    def shown(
+        show: Callable[..., None], module: nn.Module, args: Any, named: Any, out: Any
+    ) -> None:
+        show(module, args or tuple(named.values()), out)
+
+    hooks = [
+        module.register_forward_hook(partial(shown, show), with_kwargs=True)
+        for module, show in watched.items()
+    ]
     try:
         with running(model), torch.no_grad():
             run_or_explain(forward, model, batch, index)
@@ -49,7 +59,9 @@ class Watch:
         if self.through is None:
             return _as_rows(inputs, self.dense)
         with torch.no_grad():
-            rows = _as_rows(self.through(inputs), self.dense)
+            # Under autocast they come in another dtype than the weights are in.
+            given = inputs.to(cast(Any, self.through).weight.dtype)
+            rows = _as_rows(self.through(given), self.dense)
         bias = cast(Any, self.through).bias
         return rows if bias is None else rows - bias.detach()
 
@@ -61,11 +73,12 @@ def collect(
     batches: Sequence[Any],
     forward: Forward,
     sampler: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Features in `model`, responses in `teacher`: (positions, channels) each, float64.
 
-    The positions are drawn where there are more than are needed. Raises CalibrationError for NaN
-    and infinity.
+    The positions are drawn where there are more than are needed. Calls that one network alone
+    makes, or that are of other sizes there, as where the data decides what is run, do not count;
+    None if there are no others. Raises CalibrationError for NaN and infinity.
     """
     most = max(_POSITIONS, _TIMES_FEATURES * watch.count)
     each = math.ceil(most / len(batches) / watch.calls)
@@ -73,14 +86,18 @@ def collect(
     for index, batch in enumerate(batches):
         inputs = _seen(model, watch.layer, batch, index, forward, watch.calls, inputs=True)
         outputs = _seen(teacher, watch.dense, batch, index, forward, watch.calls, inputs=False)
-        for given, made in zip(inputs, outputs, strict=True):
+        for given, made in zip(inputs, outputs, strict=False):
             seen = [watch.features(given), _as_rows(made, watch.dense)]
+            if len(seen[0]) != len(seen[1]):
+                continue
             if not all_finite(seen):
                 raise CalibrationError("a layer gives NaN or infinity while it is refitted")
             if len(seen[0]) > each:
                 chosen = torch.randint(len(seen[0]), (each,), generator=sampler)
                 seen = [one[chosen.to(one.device)] for one in seen]
             found.append([one.double() for one in seen])
+    if not found:
+        return None
     features, responses = (torch.cat(same) for same in zip(*found, strict=True))
     return features, responses
 

@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 from rankfold.analysis.divergence import Judge
-from rankfold.batches import Data, Forward, device_of, first_batches, held_out_first, run
+from rankfold.batches import (
+    Data,
+    Forward,
+    device_of,
+    first_batches,
+    held_out_first,
+    run,
+    uncompiled,
+)
 from rankfold.errors import ModelError
 from rankfold.layers import TwoFactorConvolution, TwoFactorLinear, is_transposed_linear
 from rankfold.methods.refit import solve
@@ -80,7 +88,7 @@ def refit(
     ordered, kept, count = held_out_first(data, batches, held_out)
     found = list(first_batches(ordered, kept + count, device_of(model)))
     held, used = found[:kept] or found, found[kept:]
-    with unfused(teacher) as opened:
+    with uncompiled(), unfused(teacher) as opened:
         return _refit(model, opened, held, used, layers, forward, through_relu, seed, progress)
 
 
@@ -105,6 +113,9 @@ def _refit(
     for name in progress(calls, "refitting"):
         place = places[name]
         seen = collect(place.watch(calls[name]), model, teacher, used, forward, sampler)
+        if seen is None:
+            done.append(Refitted(name, divergence, divergence, kept=False))
+            continue
         best, least = place.values(), divergence
         for values in place.fits(*seen, relus.get(name)):
             place.assign(values)

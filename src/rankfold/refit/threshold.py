@@ -59,7 +59,7 @@ def read_by_relu(
                 if threshold is not None:
                     found[name] = threshold
 
-    leaves = [module for module in model.modules() if not any(module.children())]
+    leaves = [module for module in model.modules() if next(module.children(), None) is None]
     run_watched(model, batch, 0, forward, dict.fromkeys(leaves, note))
     return found
 

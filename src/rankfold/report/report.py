@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rankfold.errors import RankfoldError
+from rankfold.files import replace_file
 from rankfold.record import Record
 from rankfold.version import __version__
 
@@ -46,7 +47,7 @@ def write_report(
         facts=_script_safe(facts_of(record, title, origin or {})),
     )
     try:
-        Path(path).write_text(page, encoding="utf-8")
+        replace_file(Path(path), lambda file: file.write_text(page, encoding="utf-8"))
     except OSError as error:
         reason = error.strerror or error
         raise RankfoldError(f"the report {path} cannot be written: {reason}") from error

@@ -1,6 +1,5 @@
 """What is 0, or read by nobody, taken out of a network: channels, branches, places of kernels."""
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from rankfold.batches import Forward, device_of, run, to_device
+from rankfold.copies import copy_of
 from rankfold.errors import PlanError
 from rankfold.layers import CONVOLUTIONS
 from rankfold.narrowing import Kept, Removal, narrow, trim_limits
@@ -52,7 +52,7 @@ def remove(model: nn.Module, removal: Removal) -> nn.Module:
 
     Raises PlanError for a removal from another network.
     """
-    small = narrow(copy.deepcopy(model), removal)
+    small = narrow(copy_of(model), removal)
     try:
         record = record_of(model)
     except PlanError:  # not made by rankfold
@@ -65,7 +65,7 @@ def remove(model: nn.Module, removal: Removal) -> nn.Module:
 def find_zero_groups(model: nn.Module, example: Any, *, forward: Forward = run) -> Removal:
     """What `remove_zero_groups` takes out of a model, which is not changed."""
     batch = to_device(example, device_of(model))
-    cleared = copy.deepcopy(model)
+    cleared = copy_of(model)
     _clear_unscaled(find_structure(cleared, batch, forward))
     structure = find_structure(cleared, batch, forward)
     unneeded = _unneeded(structure)
@@ -73,7 +73,7 @@ def find_zero_groups(model: nn.Module, example: Any, *, forward: Forward = run) 
     found = [_of_layer(cleared, layer, kept, unneeded) for layer in structure.layers]
     found += [_of_norm(norm, kept) for norm in structure.norms]
     removal = Removal(tuple(one for one in found if one != Kept(one.module)))
-    small = narrow(copy.deepcopy(model), removal)
+    small = narrow(copy_of(model), removal)
     check_same(outputs_of(model, batch, forward), outputs_of(small, batch, forward))
     return removal
 

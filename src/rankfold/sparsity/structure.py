@@ -1,12 +1,12 @@
 """The channels of a network that can be taken out, found and tried."""
 
-import copy
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from rankfold.batches import Forward, device_of, run_or_explain, running, tensors_of
+from rankfold.copies import copy_of
 from rankfold.errors import ModelError, PlanError
 from rankfold.layers import TRANSPOSED
 from rankfold.narrowing import Kept, Removal, narrow
@@ -44,7 +44,7 @@ def _try(
     """Take channels out; ModelError if that differs from not reading them."""
     kept[FIXED] = True
     kept = with_one_each(structure, kept)
-    wide = copy.deepcopy(model)
+    wide = copy_of(model)
     with torch.no_grad():
         for layer in structure.layers:
             if layer.groups == 1:  # else what reads a channel also makes it
@@ -60,7 +60,7 @@ def zeros_reach_readers(
     model: nn.Module, structure: Structure, batch: Any, forward: Forward
 ) -> torch.Tensor:
     """(channels,): whether what is made as 0 is 0 still where layers read it."""
-    silent = copy.deepcopy(model)
+    silent = copy_of(model)
     with torch.no_grad():
         names = [one.name for one in structure.layers] + [one.name for one in structure.norms]
         for module in map(silent.get_submodule, names):

@@ -25,6 +25,7 @@ from torch import nn
 from rankfold.analysis import AnalysedLayer, Analysis, Overrides, analyze
 from rankfold.analysis.planning import COSTS
 from rankfold.batches import Data, Forward, device_of, first_batches, run
+from rankfold.copies import copy_of
 from rankfold.distances import Distance, SquaredError
 from rankfold.errors import BudgetError, RankfoldError
 from rankfold.factorize import factorize
@@ -124,7 +125,7 @@ def learn_ranks(
         seed=seed,
         progress=progress,
     )
-    weights = copy.deepcopy(model)
+    weights = copy_of(model)
     weights = unfuse(weights, [layer.name for layer in analysis.layers])
     analysis = _prepared(analysis, weights)
     scales = {layer.name: _scale(layer.moments) for layer in analysis.layers}
