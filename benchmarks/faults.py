@@ -127,6 +127,7 @@ class Run:
     """The command in a process of its own, forked from this one, which has imported everything."""
 
     def __init__(self, room: Path, out: str, network: str) -> None:
+        self.seconds = 0.0  # of processors, when it has ended: others work on the machine too
         arguments = ["compress", *NETWORKS[network], "--threads", "1", "--out", out]
         sys.stdout.flush()
         self.pid = os.fork()
@@ -149,15 +150,17 @@ class Run:
         """Its exit status; None if it is still at work after so many seconds."""
         until = time.time() + seconds
         while time.time() < until:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            pid, status, used = os.wait4(self.pid, os.WNOHANG)
             if pid:
+                self.seconds = used.ru_utime + used.ru_stime
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.005)
         return None
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        _, _, used = os.wait4(self.pid, 0)
+        self.seconds = used.ru_utime + used.ru_stime
 
 
 def events(log: Path) -> list[tuple[float, str]]:
@@ -180,21 +183,22 @@ def result(directory: Path) -> tuple[bytes, Any]:
     return (directory / "model.safetensors").read_bytes(), document
 
 
-def uninterrupted(room: Path, network: str) -> tuple[list[tuple[float, str]], Any]:
-    if Run(room, "whole", network).wait():
+def uninterrupted(room: Path, network: str) -> tuple[list[tuple[float, str]], float, Any]:
+    """What it noted, its seconds of processors, its result."""
+    run = Run(room, "whole", network)
+    if run.wait():
         raise RuntimeError((room / "whole.output").read_text()[-3000:])
-    return events(room / "whole.log"), result(room / "whole")
+    return events(room / "whole.log"), run.seconds, result(room / "whole")
 
 
 def killed(room: Path, network: str, kills: int, seed: int) -> dict[str, Any]:
     """Kill until so many kills are done, a new result being begun whenever one is there."""
     began = time.time()
-    noted, expected = uninterrupted(room, network)
-    work = noted[-1][0] - noted[0][0]  # seconds of a run
+    noted, work, expected = uninterrupted(room, network)
+    length = noted[-1][0] - noted[0][0]
     draw = random.Random(seed)
     phases: collections.Counter[str] = collections.Counter()
-    same, repeated, done = 0, [], 0
-    shares: list[float] = []
+    same, repeated, done = 0, 0.0, 0
     while done < kills:
         shutil.rmtree(room / "small", ignore_errors=True)
         (room / "small.log").unlink(missing_ok=True)
@@ -203,13 +207,12 @@ def killed(room: Path, network: str, kills: int, seed: int) -> dict[str, Any]:
         while True:
             before = len(events(room / "small.log"))
             run = Run(room, "small", network)
-            status = run.wait(draw.random() * work if done < kills else 1e9)
+            status = run.wait(draw.random() * length if done < kills else 1e9)
             if status is None:
                 run.kill()
                 done += 1
+                spent += run.seconds
                 now = events(room / "small.log")
-                if len(now) > before:
-                    spent += time.time() - now[before][0]
                 here.append(len(now) if any(w == "begun" for _, w in now[before:]) else -1)
                 if (room / "small").exists():
                     result(room / "small")  # whole, or an error
@@ -219,14 +222,11 @@ def killed(room: Path, network: str, kills: int, seed: int) -> dict[str, Any]:
                 raise RuntimeError((room / "small.output").read_text()[-3000:])
             break
         now = events(room / "small.log")
-        last = max(i for i, (_, what) in enumerate(now) if what == "started")
-        spent += now[-1][0] - now[last][0]
+        spent += run.seconds
         for place in here:
             following = [what for _, what in now[place:] if what.startswith("kept")]
             phases["starting" if place < 0 else phase_of([*following, "kept done"][0])] += 1
-        if here:
-            repeated.append((spent - work) / len(here))
-            shares.append(repeated[-1] / work)
+        repeated += spent - work
         if result(room / "small") != expected:
             raise AssertionError(f"another result after {len(here)} kills")
         same += 1
@@ -239,7 +239,7 @@ def killed(room: Path, network: str, kills: int, seed: int) -> dict[str, Any]:
         "results": same,
         "entries": sum(what.startswith("kept") for _, what in noted),
         "work_seconds": round(work, 2),
-        "repeated_share_of_a_kill": round(sum(shares) / len(shares), 4),
+        "repeated_share_of_a_kill": round(repeated / done / work, 4),
         "phases": dict(phases.most_common()),
     }
 

@@ -44,3 +44,12 @@ def test_what_a_copy_of_its_own_making_leaves_out_is_there() -> None:
     model.__dict__["remembered"] = ["this"]
     made = copy_of(model)
     assert made.remembered == ["this"] and made.remembered is not model.remembered
+
+
+def test_copies_of_scripted_parts_are_trained_by_themselves() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(4, 3)), nn.Linear(3, 2))
+    made = copy_of(model)
+    assert all(parameter.is_leaf for parameter in made.parameters())
+    made(torch.randn(5, 4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in made.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -119,3 +119,18 @@ def test_calls_of_lookups_are_known_by_a_last_mode_of_one() -> None:
     assert count_layer_macs(tied, [(2, 5, 1), (2, 5, 4)]) == 10 * 36
     form = TiedTwoFactor(tied, 3, "meta")
     assert count_layer_macs(form, [(2, 5, 1), (2, 5, 4)]) == 10 * (12 + 12 + 27)
+
+
+def test_a_parameter_may_be_the_input_of_a_module() -> None:
+    """As learned queries and relative positions are."""
+
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.layer = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 5)
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return given @ self.layer(self.queries).mT
+
+    model = Queries()
+    assert count_macs(lambda: model(torch.randn(2, 5))) == 3 * 4 * 5 + 2 * 5 * 3

@@ -312,6 +312,24 @@ def test_what_the_system_does_not_let_grow_is_an_error_and_no_entry(tmp_path) ->
         assert journal.kept("stage/it") == 1 and journal.kept("stage/large") is None
 
 
+def test_a_full_disk_is_said_by_what_saves_too(tmp_path) -> None:
+    model = make_model()
+    analysis = rankfold.analyze(model, make_data(), metric="weight")
+    small = rankfold.factorize(model, analysis.plan(params=0.6))
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
+        for save in (
+            lambda: rankfold.save(small, tmp_path / "small"),
+            lambda: analysis.save(tmp_path / "analysis"),
+        ):
+            with pytest.raises(CheckpointError, match="cannot be written"):
+                save()
+
+    assert os.waitpid(in_a_process(write), 0)[1] == 0
+    assert not (tmp_path / "small").exists() and not list(tmp_path.rglob("*.new"))
+
+
 # Whole calls.
 
 

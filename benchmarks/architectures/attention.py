@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from architectures.architecture import Architecture, batches, images, noise, tokens
 
+ROUTED = "which expert a token goes to depends on values"
+
 
 class Attention(nn.Module):
     """Queries, keys and values by one linear layer."""
@@ -255,8 +257,10 @@ def words() -> dict[str, torch.Tensor]:
 ARCHITECTURES = (
     Architecture("ViT by hand", VisionTransformer, images()),
     Architecture("MLP-Mixer", mixer, images()),
-    Architecture("Mixture of experts", lambda: mixture(Experts), tokens(100)),
-    Architecture("Mixture with an unused expert", lambda: mixture(Unused), tokens(100)),
+    Architecture("Mixture of experts", lambda: mixture(Experts), tokens(100), uneven=ROUTED),
+    Architecture(
+        "Mixture with an unused expert", lambda: mixture(Unused), tokens(100), uneven=ROUTED
+    ),
     Architecture("Experts in one parameter", StackedExperts, noise(4, 6, 32)),
     Architecture("Language model, tied weights", LanguageModel, tokens(200)),
     Architecture("Embedding multiplied by hand", FunctionallyTied, tokens(200)),

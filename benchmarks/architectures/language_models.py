@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from architectures.architecture import Architecture, Data, batches
+from architectures.attention import ROUTED
 
 VOCABULARY = 160
 # Names that most configurations share.
@@ -58,8 +59,14 @@ def pairs() -> Callable[[], Data]:
     )
 
 
-def case(name: str, build: Callable[[], nn.Module], data: Callable[[], Data]) -> Architecture:
-    return Architecture(name, build, data, metric="fisher", package="transformers")  # quicker
+def case(
+    name: str,
+    build: Callable[[], nn.Module],
+    data: Callable[[], Data],
+    uneven: str | None = None,
+) -> Architecture:
+    """In one metric: to choose among several takes minutes more over all of them."""
+    return Architecture(name, build, data, uneven=uneven, metric="fisher", package="transformers")
 
 
 ARCHITECTURES = (
@@ -150,6 +157,7 @@ ARCHITECTURES = (
         "Mixtral, experts",
         of("MixtralForCausalLM", "MixtralConfig", **_SMALL_LLAMA, num_local_experts=4),
         text(use_cache=False),
+        ROUTED,
     ),
     case("Qwen2", of("Qwen2ForCausalLM", "Qwen2Config", **_SMALL_LLAMA), text(use_cache=False)),
     case(
@@ -163,6 +171,7 @@ ARCHITECTURES = (
             shared_expert_intermediate_size=64,
         ),
         text(use_cache=False),
+        ROUTED,
     ),
     case(
         "Gemma, tied",

@@ -287,7 +287,7 @@ ARCHITECTURES = (
     Architecture("A weight's norm in the forward", ScaledByNorm, noise(8, 48)),
     Architecture("Frozen backbone under no_grad", Frozen, noise(8, 48)),
     Architecture("Hook that changes the output", hooked, noise(8, 48)),
-    Architecture("Quantized linear layers", quantized, images(16)),
+    Architecture("Quantized linear layers", quantized, images(16), saved=False),
     Architecture("A layer of zeros", zero, noise(8, 48)),
     Architecture("A weight of one row, expanded", expanded, noise(8, 48)),
 )

@@ -174,7 +174,10 @@ ARCHITECTURES = (
         uneven=PACKED,
     ),
     Architecture(
-        "RNN of ReLUs", lambda: Tagger(nn.RNN, nonlinearity="relu"), batches(packed_batch)
+        "RNN of ReLUs",
+        lambda: Tagger(nn.RNN, nonlinearity="relu"),
+        batches(packed_batch),
+        uneven=PACKED,
     ),
     Architecture(
         "LSTM with proj_size", lambda: Tagger(nn.LSTM, proj_size=24), batches(packed_batch)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -102,8 +103,9 @@ def save(
                 write_files(model, beside, card)
                 _write(beside, WEIGHTS, tensors, document)
                 beside.rename(target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # a full disk is either
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{target} cannot be written: {reason}") from error
 
 
 def plan_document(
@@ -371,7 +373,8 @@ def tensors_once(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(
-                f"the state '{name}' is no tensor, and nothing is pickled: let it be one"
+                f"the state '{name}' is no tensor, and nothing is pickled: let it be one, "
+                "or quantize after loading"
             )
         if id(value) not in seen:
             seen.add(id(value))

@@ -22,6 +22,10 @@ def copy_of(model: Network) -> Network:
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 known[id(value)] = value.detach().clone()
     made = copy.deepcopy(model, known)
+    # Torch copies scripted modules with their history: trained, they would train the original.
+    for parameter in made.parameters():
+        if not parameter.is_leaf:
+            parameter.detach_().requires_grad_()
     # A class that says itself how it is copied (torch.fx.GraphModule) may leave attributes out.
     for name, value in vars(model).items():
         if name not in vars(made):

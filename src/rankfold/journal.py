@@ -83,6 +83,7 @@ class Journal:
         traceback: TracebackType | None,
     ) -> None:
         """Let other processes have it; a journal without any entry leaves nothing behind."""
+        self._begun = False
         if self._lock is None or self.directory is None:
             return
         if not any(one.is_dir() for one in self.directory.glob("*")):

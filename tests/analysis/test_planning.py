@@ -85,3 +85,9 @@ def test_the_smallest_of_what_cannot_shrink_is_all_of_it() -> None:
     with pytest.raises(BudgetError) as refused:
         choose_within_budget(stuck, {"params": limit})
     assert refused.value.smallest == {"params": 1.0}
+
+
+def test_a_network_that_costs_nothing_has_no_budget() -> None:
+    analysis = rankfold.Analysis((), 0, 0, 0, 1, "weight")
+    with pytest.raises(BudgetError, match="none to save"):
+        analysis.plan(macs=0.5)

@@ -10,7 +10,12 @@ from tensors import tensor_of, weight_of
 
 from rankfold import decompose
 from rankfold.decompose.cp import CP
-from rankfold.decompose.decomposition import Decomposition, relative_error, to_unit_scale
+from rankfold.decompose.decomposition import (
+    Decomposition,
+    relative_error,
+    to_unit_scale,
+    working_precision,
+)
 from rankfold.decompose.weights import Whitening
 from rankfold.errors import RankError, TensorError
 
@@ -337,3 +342,13 @@ def test_unit_scale(value) -> None:
         assert scaled is tensor
     else:
         assert 0.5 <= scaled.abs().max() < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_norm_that_the_dtype_cannot_hold_is_refused(dtype: torch.dtype) -> None:
+    greatest = torch.finfo(dtype).max
+    assert working_precision(torch.full((1, 1), greatest, dtype=dtype)).isfinite().all()
+    with pytest.raises(TensorError, match="its norm is beyond"):
+        working_precision(torch.full((4, 4), greatest / 2, dtype=dtype))
+    half = torch.full((4, 4), 65504.0, dtype=torch.float16)
+    assert working_precision(half).dtype == torch.float32

@@ -151,3 +151,12 @@ def test_what_does_not_fit_is_refused() -> None:
     for rank in (0, 5):
         with pytest.raises(RankError, match=r"outside 1\.\.4"):
             tall_skinny_svd(matrix, rank)
+
+
+def test_of_denormal_numbers_the_vectors_are_finite() -> None:
+    drawn = torch.randn(40, 12, generator=torch.Generator().manual_seed(5)).double()
+    matrix = (drawn * 1e-40).float()
+    found = tall_skinny_svd(matrix)
+    assert found.u.isfinite().all() and found.vh.isfinite().all()
+    difference = found.to_tensor().double() - matrix.double()
+    assert difference.norm() < 1e-3 * matrix.double().norm()  # of the products' own rounding

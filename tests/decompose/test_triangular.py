@@ -101,3 +101,11 @@ def test_normal_equations_bear_dependent_columns() -> None:
     solved = solve_normal(columns.mT @ columns, right @ columns)
     expected = (torch.linalg.pinv(columns) @ right.mT).mT
     torch.testing.assert_close(solved @ columns.mT, expected @ columns.mT, rtol=1e-4, atol=1e-4)
+
+
+def test_denormal_numbers_are_split_as_others_are() -> None:
+    drawn = torch.randn(12, 12, generator=torch.Generator().manual_seed(5)).double()
+    matrix = (drawn * 1e-40).float()
+    found = plu(matrix)
+    assert found.lower.isfinite().all() and found.upper.isfinite().all()
+    assert (found.to_tensor().double() - matrix.double()).abs().max() < 1e-5 * matrix.abs().max()

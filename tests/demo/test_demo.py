@@ -37,7 +37,7 @@ def test_demo_keeps_its_promise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["rankfold", "demo", "--json", "--epochs", "2"])
+    monkeypatch.setattr(sys, "argv", ["rankfold", "demo", "--json", "--epochs", "1"])
     with pytest.raises(SystemExit) as exited:
         main()
     assert not exited.value.code

@@ -23,9 +23,9 @@ from tensors import tensor_of, weight_of
 from torch import nn
 
 from rankfold.cost import count_layer_macs, count_parameters
-from rankfold.errors import RankError
+from rankfold.errors import RankError, TensorError
 from rankfold.layers import FewerUnits
-from rankfold.methods import METHODS, WEIGHT_METRIC, Moments
+from rankfold.methods import METHODS, WEIGHT_METRIC, Moments, RemoveUnits
 
 METHOD = METHODS["fewer-units"]()
 KINDS = every_kind()
@@ -411,3 +411,12 @@ def test_a_cell_at_full_rank_and_its_skeleton(kind, of, settings) -> None:
     for rank in ((0,), (HIDDEN + 1,)):
         with pytest.raises(RankError):
             METHOD.skeleton(cell, rank)
+
+
+def test_weights_whose_fourth_powers_overflow_are_refused() -> None:
+    layer = nn.LSTM(24, 16).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(1e150)
+    with pytest.raises(TensorError, match="too large for float64"):
+        RemoveUnits().fit(layer, Moments())

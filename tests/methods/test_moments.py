@@ -4,8 +4,10 @@ from geometry import relative
 from hypothesis import given
 from hypothesis import strategies as st
 from tensors import seeds, tensor_of, weight_of
+from torch import nn
 
-from rankfold.methods import WEIGHT_METRIC, Moments
+from rankfold.errors import TensorError
+from rankfold.methods import WEIGHT_METRIC, LowRank, Moments, reduction
 
 sizes = st.integers(1, 5)
 kernels = st.lists(st.integers(1, 3), max_size=3).map(tuple)
@@ -150,3 +152,13 @@ def test_singular_moments_have_finite_inverse_roots(size, seed) -> None:
     assert relative(root @ inverse, identity) < 1e-8
     for root in moments.output_roots:
         torch.testing.assert_close(root, identity)
+
+
+def test_nan_in_any_moment_is_refused() -> None:
+    fine, broken = torch.eye(4).double(), torch.full((4, 4), torch.nan).double()
+    Moments(fine, None, 1.0, Moments(fine)).check_finite()
+    for moments in (Moments(broken), Moments(fine, broken), Moments(given=Moments(broken))):
+        with pytest.raises(TensorError, match="NaN or infinity"):
+            moments.check_finite()
+    with pytest.raises(TensorError, match="NaN or infinity"):
+        reduction.fit(LowRank(), nn.Linear(4, 4), Moments(broken))

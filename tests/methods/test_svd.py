@@ -10,8 +10,9 @@ from torch import nn
 
 import rankfold
 from rankfold.cost import count_parameters
+from rankfold.errors import TensorError
 from rankfold.layers import TiedLayers, TransposedLinear, TwoFactorEmbedding
-from rankfold.methods import METHODS, WEIGHT_METRIC, LowRank, Moments, reduction
+from rankfold.methods import METHODS, WEIGHT_METRIC, LowRank, Moments, Tucker2, reduction
 
 
 def positive(size: int) -> torch.Tensor:
@@ -166,3 +167,11 @@ def test_an_embedding_pays_in_parameters_alone() -> None:
     assert analysis.plan(macs=0.7).layers[0].method is None
     small = rankfold.factorize(model, analysis.plan(params=0.55))
     assert isinstance(small.table, TwoFactorEmbedding)
+
+
+def test_factors_that_their_dtype_cannot_hold_are_refused() -> None:
+    layer = nn.Conv2d(16, 12, 3, bias=False).half()
+    drawn = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(3))
+    layer.weight = nn.Parameter((drawn / drawn.abs().max() * 65504).half())
+    with pytest.raises(TensorError, match=r"numbers beyond torch.float16"):
+        Tucker2().fit(layer, Moments()).build((12, 16))

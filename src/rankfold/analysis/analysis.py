@@ -256,6 +256,8 @@ class Analysis(Shown):
         for name, value in budgets.items():
             if not 0 < value < math.inf:
                 raise BudgetError(f"{name}={value} is not a budget: it must be above 0")
+            if dense[name] == 0:
+                raise BudgetError(f"{name}={value} is of a network that has none to save")
             most = value * (dense[name] if value <= 1 else unit.get(name, 1))
             limits[name] = Limit(most, dense[name], fixed.get(name))
         return limits

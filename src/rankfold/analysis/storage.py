@@ -47,8 +47,9 @@ def save_analysis(analysis: "Analysis", directory: Pathlike) -> None:
         replace_file(target / TENSORS, lambda path: save_file(tensors, path))
         text = json.dumps(document, indent=1)
         replace_file(target / DOCUMENT, lambda path: path.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # a full disk is either
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{target} cannot be written: {reason}") from error
 
 
 def load_analysis(directory: Pathlike) -> "Analysis":

@@ -254,7 +254,7 @@ def _long_vectors(
     cancels = bool(values[-1] < epsilon**0.5 * values[0])
     if cancels and source.dtype == torch.float64:
         turn = _refined(source, turn, values > epsilon * values[0])
-    elif not cancels:
+    elif not cancels and turn.to(source.dtype).isfinite().all():  # not so of denormal numbers
         turn = turn.to(source.dtype)
     blocks = ((block.to(turn.dtype) @ turn).to(block.dtype) for block in source.again())
     if u_file is None:

@@ -4,7 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from rankfold.decompose.decomposition import Decomposition, shape, working_precision
+from rankfold.decompose.decomposition import (
+    Decomposition,
+    shape,
+    to_unit_scale,
+    working_precision,
+)
 from rankfold.decompose.symmetric import checked_symmetric, floored_eigh
 from rankfold.errors import RankError
 
@@ -129,9 +134,10 @@ def plu(matrix: torch.Tensor, *, complete: bool = False) -> PLU:
     """
     work = _checked(matrix)
     if not complete:
-        permutation, lower, upper = torch.linalg.lu(work)
+        scaled, scale = to_unit_scale(work)  # no quotient by a number that is hardly one
+        permutation, lower, upper = torch.linalg.lu(scaled)
         rows = permutation.mT.argmax(-1)
-        return PLU(lower, upper, rows, torch.arange(work.shape[1], device=work.device))
+        return PLU(lower, upper * scale, rows, torch.arange(work.shape[1], device=work.device))
     eliminated = work.double().clone()
     rows = torch.arange(work.shape[0], device=work.device)
     columns = torch.arange(work.shape[1], device=work.device)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from rankfold.decompose.decomposition import working_precision
+from rankfold.errors import TensorError
 from rankfold.layers import (
     CELLS,
     RECURRENT,
@@ -129,7 +130,8 @@ def state_moments(layer: Recurrent | Cell, moments: Moments) -> tuple[torch.Tens
     """A and G of the states, (layers * directions, hidden, hidden), float64; of what is known.
 
     Without A the units count as uncorrelated, each as much as its weights; without A and G the next
-    step's gates read them, and the outputs. Raises TensorError for weights that hold NaN.
+    step's gates read them, and the outputs. Raises TensorError for weights that hold NaN or
+    whose fourth powers overflow.
     """
     for parameter in layer.parameters():
         working_precision(parameter)  # refuses NaN
@@ -139,7 +141,10 @@ def state_moments(layer: Recurrent | Cell, moments: Moments) -> tuple[torch.Tens
         gradients = _reads_by_weights(layer)
     elif gradients is None:
         gradients = torch.eye(layer.hidden_size).to(states).expand_as(states)
-    return states, gradients.double()
+    gradients = gradients.double()
+    if not torch.isfinite(states.abs().max() * gradients.abs().max() * layer.hidden_size**3):
+        raise TensorError(f"the weights of {layer} are too large for float64: scale them down")
+    return states, gradients
 
 
 def _states_by_weights(layer: Recurrent | Cell) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 
 from rankfold.decompose import symmetric_roots
+from rankfold.errors import TensorError
 
 # Least over greatest eigenvalue of a moment whose inverse root is taken.
 _FLOOR = 1e-10
@@ -39,6 +40,14 @@ class Moments:
     """Loss per unit of tr(G Δ A Δᵀ); None: relative to that of the whole weight."""
     given: "Moments | None" = None
     """Of a recurrent layer, whose other moments are those of its states: those of its inputs."""
+
+    def check_finite(self) -> None:
+        """Raise TensorError if there is NaN or infinity in it."""
+        known = (self.inputs, self.gradients)
+        if not all(one is None or bool(one.isfinite().all()) for one in known):
+            raise TensorError("the moments of the inputs or gradients hold NaN or infinity")
+        if self.given is not None:
+            self.given.check_finite()
 
     def to(self, device: torch.device) -> "Moments":
         """The same on a device."""

@@ -53,8 +53,10 @@ def why_not(method: Method, layer: nn.Module) -> str | None:
 def fit(method: Method, layer: nn.Module, moments: Moments) -> Family:
     """What the method offers for a layer for which `why_not` is None, in a metric.
 
-    The moments of a grouped convolution are stacks of those of its groups: (groups, n, n).
+    The moments of a grouped convolution are stacks of those of its groups: (groups, n, n). Raises
+    TensorError for moments that hold NaN or infinity.
     """
+    moments.check_finite()
     if not _is_reduced(layer):
         known = (
             moments if getattr(method, "knows_diagonals", False) else moments.without_diagonals()
