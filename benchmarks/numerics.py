@@ -57,7 +57,7 @@ def of_methods(names: Iterable[str]) -> str:
                 found = stress.outcome_of(METHODS[name](), given)
                 outcomes.append(found)
                 kind = next(given.parameters()).dtype
-                wrong = stress.what_is_wrong(found, case, outcomes[0], kind)
+                wrong = stress.what_is_wrong(found, case, outcomes[0], kind, name)
                 if wrong is not None:
                     outcomes[-1] = Outcome(wrong=wrong)
             rows.append([f"{name}, {type(layer).__name__}", *map(told, outcomes)])

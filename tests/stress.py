@@ -186,7 +186,9 @@ def _flat(layer: nn.Module) -> torch.Tensor:
     return torch.cat([one.detach().double().flatten() for one in layer.parameters()])
 
 
-def what_is_wrong(outcome: Outcome, case: Case, base: Outcome, kind: torch.dtype) -> str | None:
+def what_is_wrong(
+    outcome: Outcome, case: Case, base: Outcome, kind: torch.dtype, method: str
+) -> str | None:
     """With what became of a case, where `base` became of the weight as it was drawn."""
     if outcome.wrong is not None:
         return outcome.wrong
@@ -197,8 +199,9 @@ def what_is_wrong(outcome: Outcome, case: Case, base: Outcome, kind: torch.dtype
     rounding = ROUNDING[kind] + ROUNDING[float32]
     if any(error > 1 + rounding for error in outcome.errors):
         return f"worse than zeros: {outcome.errors}"
-    # Of two fits that end in other local optima neither is wrong.
-    for error, usual in zip(outcome.errors, base.errors, strict=False):
+    pairs = list(zip(outcome.errors, base.errors, strict=False))
+    # Of two fits that end in other local optima neither is wrong; at full rank there is one alone.
+    for error, usual in pairs[-1:] if method in FITTED_ONE_BY_ONE else pairs:
         if case.alike and abs(error - usual) > 0.02 * usual + 2 * rounding:
             return f"errors of {outcome.errors}, not {base.errors}"
     return None

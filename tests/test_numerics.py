@@ -29,7 +29,7 @@ def test_methods(name: str, layer: torch.nn.Module) -> None:
         given = stress.stressed(layer, case)
         found = stress.outcome_of(METHODS[name](), given)
         kind = next(given.parameters()).dtype
-        assert stress.what_is_wrong(found, case, usual(name, layer), kind) is None, case.name
+        assert stress.what_is_wrong(found, case, usual(name, layer), kind, name) is None, case.name
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

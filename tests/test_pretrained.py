@@ -14,7 +14,12 @@ from rankfold.errors import CalibrationError, CheckpointError, ModelError
 from rankfold.imports import resolve_model, resolve_text
 from rankfold.layers import TwoFactorEmbedding, TwoFactorLinear
 from rankfold.methods import LowRank, reduction
-from rankfold.pretrained import build_pretrained, load_pretrained, text_batches
+from rankfold.pretrained import (
+    _tokenizer_files,
+    build_pretrained,
+    load_pretrained,
+    text_batches,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -300,3 +305,26 @@ def test_adapters_of_peft_go_onto_factors() -> None:
         assert not torch.allclose(tuned, expected)
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(**data[0])[0], tuned, rtol=1e-4, atol=1e-5)
+
+
+def test_links_out_of_a_directory_are_not_copied(tmp_path) -> None:
+    """A tokenizer file may be a link to something of the user's, in a directory from a stranger."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    source = directory(tmp_path / "dense", gpt2())
+    (source / "vocab.txt").symlink_to(secret)
+    (source / "merges.txt").symlink_to("config.json")
+    model = load_pretrained(source)
+    plan = rankfold.analyze(model, [{"input_ids": torch.arange(8)[None]}], metric="weight")
+    rankfold.save(rankfold.factorize(model, plan.plan(params=0.9)), tmp_path / "small")
+    names = {path.name for path in (tmp_path / "small").iterdir()}
+    assert "vocab.txt" not in names and {"merges.txt", "tokenizer.json"} <= names
+    # A hub's cache is all links, to files beside.
+    snapshot = tmp_path / "models--x" / "snapshots" / "1"
+    blobs = tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "abc").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/abc")
+    (snapshot / "vocab.txt").symlink_to(secret)
+    assert [file.name for file in _tokenizer_files(snapshot)] == ["tokenizer.json"]

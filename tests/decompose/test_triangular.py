@@ -108,4 +108,5 @@ def test_denormal_numbers_are_split_as_others_are() -> None:
     matrix = (drawn * 1e-40).float()
     found = plu(matrix)
     assert found.lower.isfinite().all() and found.upper.isfinite().all()
-    assert (found.to_tensor().double() - matrix.double()).abs().max() < 1e-5 * matrix.abs().max()
+    # Some units in the last place, of which a denormal number has few.
+    assert (found.to_tensor().double() - matrix.double()).abs().max() <= 12 * 2.0**-149

@@ -162,3 +162,10 @@ def test_nan_in_any_moment_is_refused() -> None:
             moments.check_finite()
     with pytest.raises(TensorError, match="NaN or infinity"):
         reduction.fit(LowRank(), nn.Linear(4, 4), Moments(broken))
+
+
+def test_a_loss_that_is_not_finite_is_refused() -> None:
+    weight = torch.ones(4, 4, dtype=torch.float16)
+    for error in (float("inf"), float("nan"), torch.tensor([0.0, torch.inf])):
+        with pytest.raises(TensorError, match=r"beyond what torch.float16 can hold"):
+            Moments().loss_of(error, weight)

@@ -110,12 +110,20 @@ class Moments:
         return (self.times_gradients(difference) * self.times_inputs(difference)).sum().item()
 
     def loss_of(self, squared_error: torch.Tensor | float, weight: torch.Tensor) -> torch.Tensor:
-        """The loss of a squared error in this metric, (...), float64 on the CPU, never negative."""
+        """The loss of a squared error in this metric, (...), float64 on the CPU, never negative.
+
+        Raises TensorError for errors that are not finite, as where a product of factors overflows.
+        """
         scale = self.scale
         if scale is None:
             whole = self.squared_error(weight)
             scale = 1 / whole if whole > 0 else 0.0
         errors = torch.as_tensor(squared_error, dtype=torch.float64)
+        if not errors.isfinite().all():
+            raise TensorError(
+                f"numbers beyond what {weight.dtype} can hold: scale the layer's weight down, or "
+                "factorize it in a wider dtype"
+            )
         return (scale * errors).clamp_min(0).cpu()
 
     @cached_property
