@@ -116,7 +116,7 @@ def compress(source: Path, target: Path, params: float, on_data: bool) -> None:
     data = [{"input_ids": ids}] if on_data else None
     watched, start = Watched(), time.perf_counter()
     plan = compress_from_disk(
-        source, target, params=params, data=data, overrides=_no_embeddings(), force=True
+        source, target, params=params, data=data, layers="model.layers.*", force=True
     )
     facts = {
         "seconds": time.perf_counter() - start,
@@ -126,12 +126,6 @@ def compress(source: Path, target: Path, params: float, on_data: bool) -> None:
         "factorized": len(plan.factorized),
     }
     print(json.dumps(facts))
-
-
-def _no_embeddings() -> Any:
-    from rankfold import Overrides
-
-    return Overrides(keep=["model.embed_tokens", "lm_head"])
 
 
 def load(directory: Path) -> None:

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import rankfold
 from rankfold.analysis import Overrides
+from rankfold.cli.app import app
 from rankfold.errors import (
     BudgetError,
     CalibrationError,
@@ -251,3 +253,9 @@ def test_of_transformers(tmp_path) -> None:
         assert torch.equal(again(**data[0]).logits, small(**data[0]).logits)
     tensors = load_file(tmp_path / "again" / SINGLE)
     assert tensors.keys() == Shards.of(tmp_path / "small").file_of.keys()
+    # The same on the command line.
+    command = ["from-disk", str(tmp_path / "dense"), "--params", "0.8", "--json"]
+    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "told")])
+    told = json.loads(done.stdout)["plan"]["layers"]
+    assert done.exit_code == 0 and sum(layer["method"] is not None for layer in told) > 4
+    rankfold.load(tmp_path / "told")(**data[0])

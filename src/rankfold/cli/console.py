@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.progress import (
 from rich.progress import Progress as ProgressBar
 
 from rankfold.measure import Comparison
+from rankfold.plan import Plan
 
 T = TypeVar("T")
 
@@ -72,3 +74,13 @@ def print_json(comparison: Comparison, **more: Any) -> None:
     """The comparison, and more beside it, as one JSON object on standard output."""
     json.dump({**asdict(comparison), "speedup": comparison.speedup, **more}, sys.stdout, indent=1)
     sys.stdout.write("\n")
+
+
+def print_plan(plan: Plan, out: Path, as_json: bool) -> None:
+    """What was saved where: a table, or one JSON object on standard output."""
+    if as_json:
+        json.dump({"out": str(out), "plan": plan.to_json()}, sys.stdout, indent=1)
+        sys.stdout.write("\n")
+        return
+    results.print(plan)
+    results.print(f"saved to {out}")

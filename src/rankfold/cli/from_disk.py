@@ -1,7 +1,5 @@
 """`rankfold from-disk`."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +7,7 @@ import torch
 import typer
 
 from rankfold.analysis import Overrides
-from rankfold.cli.console import progress, results
+from rankfold.cli.console import print_plan, progress
 from rankfold.cli.options import Force, Json, Keep, Layers, Macs, Memory, Out, Params, Threads
 from rankfold.from_disk import compress_from_disk
 from rankfold.imports import resolve_text
@@ -57,9 +55,4 @@ def from_disk(
         force=force,
         progress=progress,
     )
-    if as_json:
-        json.dump({"out": str(out), "plan": plan.to_json()}, sys.stdout, indent=1)
-        sys.stdout.write("\n")
-        return
-    results.print(plan)
-    results.print(f"saved to {out}")
+    print_plan(plan, out, as_json)

@@ -1,7 +1,5 @@
 """`rankfold slice`."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +7,7 @@ import typer
 
 from rankfold.batches import device_of, first_batches
 from rankfold.checkpoint import check_target, load, read_plan_document, save
-from rankfold.cli.console import results
+from rankfold.cli.console import print_plan
 from rankfold.cli.inputs import origin_of
 from rankfold.cli.options import Force, Json, Latency, Macs, Memory, Out, Params, Trust
 from rankfold.deployment import merge_adjacent
@@ -59,10 +57,4 @@ def slice_model(
         small = merge_adjacent(small, batch)
     origin = {**read_plan_document(directory)["origin"], "model": model}
     save(small, out, force=force, origin=origin)
-    plan = record_of(small).plan
-    if as_json:
-        json.dump({"out": str(out), "plan": plan.to_json()}, sys.stdout, indent=1)
-        sys.stdout.write("\n")
-        return
-    results.print(plan)
-    results.print(f"saved to {out}")
+    print_plan(record_of(small).plan, out, as_json)
