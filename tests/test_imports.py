@@ -1,5 +1,6 @@
 import sys
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 from networks import SmallConvolutional, make_data
@@ -69,6 +70,10 @@ def test_models_of_timm_and_torchvision_by_their_names(monkeypatch) -> None:
     assert asked == [("resnet18", True), ("known", "DEFAULT")]
     with pytest.raises(ModelError, match="'torchvision:other' failed: ValueError: Unknown model"):
         resolve_model("torchvision:other")
+    message = "operator torchvision::nms does not exist"
+    monkeypatch.setattr(timm, "create_model", Mock(side_effect=RuntimeError(message)))
+    with pytest.raises(ModelError, match=f"{message}; install the torchvision that goes with"):
+        resolve_model("timm:resnet18")
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModelError, match="'timm:resnet18' failed: ModuleNotFoundError"):
         resolve_model("timm:resnet18")

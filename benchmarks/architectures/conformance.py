@@ -21,6 +21,7 @@ import rankfold
 from architectures.architecture import Architecture
 from rankfold.analysis import Analysis
 from rankfold.batches import all_finite, running, tensors_of
+from rankfold.copies import copy_of
 from rankfold.cost import count_parameters
 from rankfold.errors import BudgetError, CheckpointError, ModelError, RankfoldError
 from rankfold.fingerprint import weights_sha256
@@ -279,7 +280,7 @@ def check_state_dict(subject: Subject) -> None:
                 parameter.data = torch.zeros_like(parameter)
     other.load_state_dict(subject.small.state_dict())
     _same(expected, subject.run(other))
-    _same(expected, subject.run(copy.deepcopy(subject.small)))
+    _same(expected, subject.run(copy_of(subject.small)))
 
 
 def check_compress(subject: Subject) -> None:
@@ -305,7 +306,7 @@ def check_gradients(subject: Subject) -> None:
     """In training mode every factor gets a gradient whose dense weight gets one."""
     if not subject.architecture.trained:
         raise InapplicableError("its outputs have no gradients")
-    dense, small = copy.deepcopy(subject.model), copy.deepcopy(subject.small)
+    dense, small = copy_of(subject.model), copy_of(subject.small)
     if not any(parameter.requires_grad for parameter in dense.parameters()):
         raise InapplicableError("none of its parameters is trained")
     for network in (dense, small):
@@ -386,7 +387,7 @@ def check_merged(subject: Subject) -> None:
 
 def check_refit(subject: Subject) -> None:
     """Factors regressed again on what reaches them."""
-    small = copy.deepcopy(subject.small)
+    small = copy_of(subject.small)
     names = [entry.name for entry in subject.plan.factorized]
     rankfold.refit(
         small, subject.model, subject.data[:2], names, forward=subject.architecture.forward

@@ -101,4 +101,7 @@ def _made_by(factory: Any, path: str, error_type: type[RankfoldError]) -> Any:
     try:
         return factory()
     except Exception as error:
-        raise error_type(f"'{path}' failed: {type(error).__name__}: {error}") from error
+        # What a torchvision that was built for another torch says of itself helps nobody.
+        unmatched = "operator torchvision::" in str(error)
+        what_to_do = "; install the torchvision that goes with this torch" if unmatched else ""
+        raise error_type(f"'{path}' failed: {type(error).__name__}: {error}{what_to_do}") from error
