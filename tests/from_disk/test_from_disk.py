@@ -96,6 +96,8 @@ def test_in_the_metric_of_the_inputs(tmp_path) -> None:
     source = directory(tmp_path / "dense", model)
     data = list(ids(8).split(2))
     options = {"like": Network, "data": data, "overrides": Overrides(force={"second": "svd"})}
+    with pytest.raises(BudgetError):  # with all layers done, and what is known of them kept
+        compress_from_disk(source, tmp_path / "small", macs=0.01, **options)
     plan = compress_from_disk(source, tmp_path / "small", macs=0.8, **options)
     reasons = {entry.name: entry.reason or "" for entry in plan.layers}
     assert "called 2 times" in reasons["again"] and "never calls" in reasons["never"]

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -80,8 +80,24 @@ class FiledFactors:
                     shape = (1, 1) if isinstance(module, nn.Embedding) else (1, _inputs_of(module))
                     self._decompose(module, WEIGHT_METRIC, shape)
             return
-        if not missing:
-            return
+        calls = self.journal.once(
+            f"{FACTORS}/calls of all", lambda: self._run(batch, forward, able, missing, progress)
+        )
+        for module in able:
+            count = calls[self.names[module]]
+            if count != 1:
+                again = f"it is called {count} times: its inputs are not in memory together"
+                self.reasons[module] = again if count else "the forward pass never calls it"
+
+    def _run(
+        self,
+        batch: Any,
+        forward: Forward,
+        able: Sequence[nn.Module],
+        missing: Collection[nn.Module],
+        progress: Progress,
+    ) -> dict[str, int]:
+        """How often each layer was called; each that is missing is decomposed as it is."""
         calls: Counter[nn.Module] = Counter()
         ticks = iter(progress(able, "running and decomposing"))
 
@@ -96,10 +112,7 @@ class FiledFactors:
                     self._decompose(module, self._moments(module, inputs[0]), shape)
 
         self.network.run(batch, forward, visit)
-        for module in able:
-            if calls[module] != 1:
-                again = f"it is called {calls[module]} times: its inputs are not in memory together"
-                self.reasons[module] = again if calls[module] else "the forward pass never calls it"
+        return {self.names[module]: calls[module] for module in able}
 
     def layers(self) -> list[AnalysedLayer]:
         """All layers with a weight, those with factors with their candidates."""

@@ -87,7 +87,7 @@ def compress_from_disk(
     batch = None if data is None else _as_one(list(first_batches(data, batches, _HOST)))
     patterns = [layers] if isinstance(layers, str) else layers
     with Journal(place.with_name(f".{place.name}.unfinished")) as journal:
-        journal.begin(lambda: {FACTORS: _request(network, batch, alignment)})
+        journal.begin(lambda: {FACTORS: _request(network, batch, alignment, patterns)})
         factors = FiledFactors(network, journal, alignment, patterns)
         factors.decompose(batch, forward, progress)
         analysis = _analysis(network, factors, batch)
@@ -117,14 +117,17 @@ def _as_one(batches: Sequence[Any]) -> Any:
     )
 
 
-def _request(network: FiledNetwork, batch: Any, alignment: int) -> dict[str, str]:
+def _request(
+    network: FiledNetwork, batch: Any, alignment: int, patterns: Sequence[str]
+) -> dict[str, str]:
     """What the factors of a network depend on."""
     digest = hashlib.sha256()
     for path in network.shards.files:
         about = path.stat()
         digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns}".encode())
     data = {} if batch is None else {"data": [batch]}
-    return {**request(None, data, {"alignment": alignment}), "files": digest.hexdigest()}
+    settings = {"alignment": alignment, "layers": list(patterns)}
+    return {**request(None, data, settings), "files": digest.hexdigest()}
 
 
 def _analysis(network: FiledNetwork, factors: FiledFactors, batch: Any) -> Analysis:
