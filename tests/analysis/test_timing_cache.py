@@ -290,3 +290,13 @@ def test_processes_that_find_a_damaged_file_agree_on_a_new_one(path: Path) -> No
         assert os.waitpid(child, 0)[1] == 0
     TimingCache(path).put("a", 1.5)
     assert TimingCache(path).get("a") == 1.5
+
+
+def test_a_damaged_schema_that_is_no_text_is_thrown_away(path: Path) -> None:
+    TimingCache(path).put("a", 1.5)
+    data = path.read_bytes()
+    assert b"(key TEXT" in data
+    path.write_bytes(data.replace(b"(key TEXT", b"\xb6\x8b( TEXT"))
+    assert TimingCache(path).get("a") is None
+    TimingCache(path).put("a", 2.5)
+    assert TimingCache(path).get("a") == 2.5

@@ -57,6 +57,8 @@ class TimingCache:
             # error is its last byte.
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED:
                 self._throw_away()
+        except UnicodeDecodeError:  # of what SQLite says of a damaged schema, which it quotes
+            self._throw_away()
         except OSError:
             pass
         return None
