@@ -143,7 +143,7 @@ def summary_of(results: dict[str, Outcome]) -> str:
     return (
         f"{tried} architectures: {count['passed']} passed everything, {count['refused']} were "
         f"refused with a typed error as they should be, {count['failed']} failed.{absent}\n\n"
-        + markdown_table(("check", "holds", "nor of the dense network", "fails"), rows)
+        + markdown_table(("check", "holds", "does not apply", "fails"), rows)
     )
 
 

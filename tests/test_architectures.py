@@ -1,9 +1,11 @@
 """The quickest and most telling cases of the sweep over architectures (benchmarks/sweep.py)."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
 sys.path.insert(0, BENCHMARKS)
@@ -27,6 +29,14 @@ TELLING = {
     "State kept in attributes": QUICK,
     "GraphModule of torch.fx": ["compress"],
 }
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """That of the wrapped network is not left to other tests."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", TELLING)

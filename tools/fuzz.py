@@ -85,12 +85,12 @@ def tell(document: dict) -> None:
     wrong = len(document["wrong"])
     refused = end - first - accepted - wrong
     found = len(document.get("found_and_mended", []))
-    mended = f" ({found} more were found on the way, mended, and read again)" if found else ""
+    mended = f" ({found} that did were met on the way, mended, and read again)" if found else ""
     text = f"""`tools/fuzz.py` has read {end - first:,} spoiled files ({parts}). What
 is done to them is drawn by seed: JSON with other values, keys and depth, headers of tensors that
 lie, other methods, settings and ranks, bytes changed, cut and repeated, links in the place of
 files. {accepted:,} were read, since what was changed in them may be so; {refused:,} were refused
-with one of rankfold's errors; {wrong or "none"} ended in anything else: another error, more than
+with one of rankfold's errors; {wrong or "none"} end in anything else: another error, more than
 ten seconds or 3 GiB for one, a file written or changed elsewhere, code run. It took
 {document["seconds"] / 60:.0f} minutes and {document["peak_megabytes"]:,} MB{mended}. A few hundred
 are read in every run of the tests (`tests/test_hostile.py`)."""

@@ -74,5 +74,8 @@ class Cosine:
 def _pairs(output: Any, target: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ours, theirs = list(tensors_of(output)), list(tensors_of(target))
     if not ours or [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
-        raise ModelError("the outputs of model and teacher are not tensors of the same shapes")
+        raise ModelError(
+            "the outputs of model and teacher are not tensors of the same shapes; where a network "
+            "gives others in training, as of auxiliary heads, give a forward= that leaves them out"
+        )
     return list(zip(ours, theirs, strict=True))

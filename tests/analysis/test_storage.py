@@ -1,13 +1,16 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from networks import make_data, make_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rankfold
 from rankfold.analysis.storage import DOCUMENT, TENSORS
 from rankfold.errors import CheckpointError, PlanError
+from rankfold.methods import Moments
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +95,44 @@ def test_what_is_missing_or_damaged_is_refused(saved, tmp_path) -> None:
     (saved / TENSORS).write_bytes(b"not tensors")
     with pytest.raises(CheckpointError, match="holds no analysis"):
         rankfold.Analysis.load(saved)
+
+
+def test_tensors_that_fit_nothing_are_refused(analysis, saved) -> None:
+    tensors = load_file(saved / TENSORS)
+    method = next(name for name in tensors if name.endswith("svd.ranks")).removesuffix(".ranks")
+    spectrum = f"{method}.spectrum.0"
+    moment = next(name for name in tensors if name.endswith(".inputs"))
+    for name, wrong in {
+        spectrum: tensors[spectrum][:-1].clone(),
+        f"{method}.ranks": tensors[f"{method}.ranks"] - 10**6,
+        f"{method}.losses": tensors[f"{method}.losses"] * torch.nan,
+        f"{method}.costs": tensors[f"{method}.costs"][:, :1].contiguous(),
+        moment: tensors[moment][:-1].clone(),
+    }.items():
+        save_file({**tensors, name: wrong}, saved / TENSORS)
+        with pytest.raises(CheckpointError, match="damaged"):
+            rankfold.Analysis.load(saved)
+    save_file(tensors, saved / TENSORS)
+    assert rankfold.Analysis.load(saved).plan(macs=0.5) == analysis.plan(macs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("metric", 3), ("trials", [{}]), ("timing", {"dense_ms": "x"})],
+)
+def test_fields_of_the_wrong_kind_are_refused(saved, name, value) -> None:
+    document = json.loads((saved / DOCUMENT).read_text())
+    (saved / DOCUMENT).write_text(json.dumps({**document, name: value}))
+    with pytest.raises(CheckpointError, match="damaged"):
+        rankfold.Analysis.load(saved)
+
+
+def test_moments_of_other_layers_are_said_not_to_fit(analysis) -> None:
+    layers = tuple(
+        replace(layer, moments=Moments(torch.eye(7).double(), None, 1.0))
+        for layer in analysis.layers
+    )
+    with pytest.raises(PlanError, match="do not fit"):
+        rankfold.factorize(
+            make_model(), analysis.plan(macs=0.5), analysis=replace(analysis, layers=layers)
+        )

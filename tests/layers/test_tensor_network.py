@@ -22,6 +22,7 @@ from rankfold.layers import (
     modes_of,
     paired_modes,
 )
+from rankfold.layers.modes import balanced_modes
 
 FORMS = {
     "train": lambda i, o, **more: TensorTrainLinear(i, o, 3, **more),
@@ -243,3 +244,11 @@ def test_what_a_plan_makes_of_it_is_saved_and_loaded(tmp_path) -> None:
     rankfold.save(small, tmp_path / "small")
     loaded = rankfold.load(tmp_path / "small", network)
     assert torch.equal(loaded(data[0]), small(data[0]))
+
+
+def test_more_modes_than_any_length_has_are_refused() -> None:
+    assert balanced_modes(96, 8) == (1, 1, 2, 2, 2, 2, 2, 3)
+    assert balanced_modes(96, 64)[:58] == (1,) * 58
+    for count in (65, 10**6, 2**62):
+        with pytest.raises(RankError, match="64 are the most"):
+            balanced_modes(96, count)

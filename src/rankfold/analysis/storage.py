@@ -280,7 +280,7 @@ def _candidates(
 
 def _spectrum(values: torch.Tensor, shape: tuple[int, int]) -> Spectrum:
     real = values.is_floating_point() and bool((values.isfinite() & (values >= 0)).all())
-    fits = values.dim() == 1 and 1 <= len(values) <= min(shape)
+    fits = values.dim() == 1 and len(values) == min(shape) >= 1
     _require(real and fits, f"a spectrum of {tuple(values.shape)!r:.40} for {shape!r:.60}")
     return Spectrum(values, shape)
 

@@ -6,13 +6,17 @@ from functools import cache
 
 from rankfold.errors import RankError
 
+_MOST = 64
+
 
 @cache
 def balanced_modes(length: int, count: int) -> tuple[int, ...]:
     """The `count` factors of a length, ascending, whose sum is the least.
 
-    Of a prime all but one are 1.
+    Of a prime all but one are 1. Raises RankError for more than 64, which no length has.
     """
+    if count > _MOST:
+        raise RankError(f"{count} modes: {_MOST} are the most")
     if count == 1:
         return (length,)
     splits = (
