@@ -3,7 +3,7 @@
 PYTHON ?= python3
 INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test docs bench bench-full examples decompositions sweep clean
+.PHONY: demo test types suite docs bench bench-full examples decompositions sweep clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/rankfold demo --threads 2 --force
@@ -11,7 +11,12 @@ demo: .venv-demo/installed
 test: .venv-test/installed
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/ruff check .
+	$(MAKE) --jobs 2 types suite
+
+types: .venv-test/installed
 	.venv-test/bin/mypy
+
+suite: .venv-test/installed
 	.venv-test/bin/pytest -n 2 --dist worksteal
 
 # Beside what users would pick instead: one network; all of them, hours.

@@ -5,9 +5,11 @@ Networks: the demo's, `english_g2`, CREPE, CRAFT (see examples/ and crepe.py for
 """
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -73,10 +75,32 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, list[torch.Tensor]]]] = {
 }
 
 
+class OutOfPatienceError(Exception):
+    """Something takes longer than it may."""
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Within: OutOfPatienceError after so many seconds."""
+
+    def give_up(*_: Any) -> None:
+        raise OutOfPatienceError
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
 def compare(
-    model: nn.Module, data: list[Any], most: int, names: Sequence[str]
+    model: nn.Module, data: list[Any], most: int, names: Sequence[str], patience: int
 ) -> Iterator[dict[str, Any]]:
-    """One row for each of the convolutions with the most MACs, method and share."""
+    """One row for each of the convolutions with the most MACs, method and share.
+
+    A method whose fit takes more than `patience` seconds is given up, with a row that says so.
+    """
     analysis = rankfold.analyze(
         model, data, metric="svd-llm", check=False, methods=["svd"], batches=8, held_out=1
     )
@@ -90,8 +114,14 @@ def compare(
         track = Track(module, shapes[0])
         for name in names:
             method = METHODS[name]()
-            if reduction.why_not(method, module) is None:
-                yield from try_method(method, layer, module, shapes, track)
+            if reduction.why_not(method, module) is not None:
+                continue
+            try:
+                yield from try_method(method, layer, module, shapes, track, patience)
+            except OutOfPatienceError:
+                row = {"layer": layer.name, "method": name, "gave_up_after": patience}
+                print(json.dumps(row), flush=True)
+                yield row
 
 
 def fit_all(model: nn.Module, data: list[Any], names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -153,14 +183,16 @@ def try_method(
     module: nn.Module,
     shapes: Sequence[tuple[int, ...]],
     track: Track,
+    patience: int,
 ) -> Iterator[dict[str, Any]]:
     """At shares of the layer's MACs, then at shares of its time."""
     start = time.perf_counter()
-    family = reduction.fit(method, module, layer.moments)
-    costs = below_break_even(
-        module, method, family.ranks(), shapes, (count_parameters(module), layer.macs)
-    )
-    front = best_by_macs(costs, family.loss)
+    with at_most(patience):
+        family = reduction.fit(method, module, layer.moments)
+        costs = below_break_even(
+            module, method, family.ranks(), shapes, (count_parameters(module), layer.macs)
+        )
+        front = best_by_macs(costs, family.loss)
     whole = layer.moments.squared_error(module.weight.detach())  # type: ignore[arg-type, union-attr, operator]
     chosen = [("macs", share, within(front, costs, share * layer.macs)) for share in SHARES]
     chosen += [("time", share, None) for share in TIME_SHARES]
@@ -170,7 +202,8 @@ def try_method(
             start = time.perf_counter()  # the search is not the method's
         if rank is None:
             continue
-        form = family.build(rank)
+        with at_most(patience):
+            form = family.build(rank)
         seconds = time.perf_counter() - start
         weight = module.weight.detach()  # type: ignore[union-attr, operator]
         difference = form.to_dense().weight.detach().double() - weight.double()
@@ -230,6 +263,7 @@ def main(
     methods: Annotated[list[str] | None, typer.Option(help="others keep their results")] = None,
     most: Annotated[int, typer.Option(help="layers of each network, by MACs")] = 3,
     whole: Annotated[bool, typer.Option(help="time the fit of a whole network")] = False,
+    patience: Annotated[int, typer.Option(help="seconds for a method on a layer")] = 600,
     threads: int = 2,
     out: Path = HERE / "methods.json",
 ) -> None:
@@ -242,7 +276,7 @@ def main(
         model, data = NETWORKS[network]()
         known = facts["networks"].get(network, [])
         facts["networks"][network] = [row for row in known if row["method"] not in names]
-        for row in compare(model, data, most, names):
+        for row in compare(model, data, most, names, patience):
             facts["networks"][network].append(row)
             save(out, facts)
     if whole:
@@ -269,16 +303,28 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     shares = [("macs", share) for share in SHARES] + [("time", share) for share in TIME_SHARES]
     lines = []
     for name in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == name]
+        own, given_up = of_method(rows, name)
         cells = [
             cell([row for row in own if (row["of"], row["share"]) == at], rows) for at in shares
         ]
-        lines.append((name, *cells, f"{sum(row['seconds'] for row in own):.1f}"))
+        seconds = f"{sum(row['seconds'] for row in own):.1f}"
+        if given_up:
+            seconds = f"given up after {given_up[0]['gave_up_after']}"
+        lines.append((name, *cells, seconds))
     layers = layers_of(rows)
     of = f"median of {len(layers)} layers" if len(layers) > 1 else "one layer"
     title = f"response error / speed-up, {of}"
     header = [f"{share:.0%} of {'MACs' if kind == 'macs' else 'time'}" for kind, share in shares]
     return markdown_table((title, *header, "seconds in all"), lines)
+
+
+def of_method(
+    rows: Sequence[dict[str, Any]], name: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Its results, and where it was given up."""
+    own = [row for row in rows if row["method"] == name]
+    given_up = [row for row in own if "gave_up_after" in row]
+    return [row for row in own if "gave_up_after" not in row], given_up
 
 
 def layers_of(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -301,7 +347,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5 * len(layers) + 2, 4.5), layout="constrained")
     for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         for index, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
-            own = [row for row in rows if row["layer"] == layer and row["method"] == name]
+            own = [row for row in of_method(rows, name)[0] if row["layer"] == layer]
             points = sorted(own, key=lambda row: 1 / row["speedup"])
             style = ("o-", "s--", "^:")[index // 10 % 3]
             axes.semilogy(

@@ -115,6 +115,122 @@ def test_a_network_is_compressed_as_by_one_process(tmp_path) -> None:
     assert (loaded(batch) - small.eval()(batch)).norm() < 1e-2 * small(batch).norm()
 
 
+SHARES = """
+import os
+import signal
+import time
+from pathlib import Path
+import torch
+from rankfold import processes
+from rankfold.journal import Journal
+
+processes.join(torch.device("cpu"))
+names = [f"stage/{n}" for n in range(8)]
+fatal = int(os.environ.get("FATAL", -1))
+
+def work(n):
+    with open(f"made by {os.getpid()}", "a") as file:
+        file.write(f"{n} ")
+    if n == fatal:
+        while len(list(Path("journal/stage").glob("*.entry"))) < 6:  # of the other, and its own
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return torch.full((3,), n)
+
+def share_out(directory):
+    with Journal(directory) as book:
+        book.begin(lambda: {"stage": {}})
+        found = book.shared_out(names, range(8), work)
+        assert [one.tolist() for one in found] == [[n] * 3 for n in range(8)]
+
+share_out("journal")
+# Of directories of their own, which they take for one, that of the first holds everything.
+alone = Path(f"own-{processes.index()}")
+alone.mkdir()
+os.chdir(alone)
+share_out("journal")
+"""
+
+
+def test_the_share_of_a_killed_process_is_taken_over(tmp_path, monkeypatch) -> None:
+    """By others, three in the place of two; what it had finished is not done again."""
+    monkeypatch.setenv("FATAL", "5")
+    with pytest.raises(AssertionError, match="SIGKILL"):
+        together(SHARES, tmp_path)
+    shares = {path.read_text() for path in tmp_path.glob("made by *")}
+    assert shares == {"0 2 4 6 ", "1 3 5 "}
+    for path in tmp_path.glob("made by *"):
+        path.unlink()
+    monkeypatch.delenv("FATAL")
+    together(SHARES, tmp_path, count=3)
+    assert sorted(path.read_text() for path in tmp_path.glob("made by *")) == ["5 ", "7 "]
+    entries = [len(list((tmp_path / f"own-{n}").glob("journal/stage/*.entry"))) for n in range(3)]
+    assert entries == [8, 0, 0]
+
+
+SHARDED = """
+import os
+import pytest
+import torch
+from networks import make_data
+from torch import nn
+import rankfold
+from rankfold import processes
+from rankfold.errors import RankfoldError
+from rankfold.recover.sharded import in_shares, put_together
+
+processes.join(torch.device("cpu"))
+torch.manual_seed(0)
+blocks = [nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 48)) for _ in range(3)]
+model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 48), *blocks, nn.BatchNorm1d(3)).eval()
+data = [batch[:, :, :8, :8] for batch in make_data()]
+small = rankfold.factorize(model, rankfold.analyze(model, data, metric="weight").plan(params=0.6))
+
+network = in_shares(small, torch.device("cpu"))
+held = sum(share.to_local().numel() for share in network.parameters())
+assert sum(processes.gathered(held)) == sum(one.numel() for one in small.parameters())
+assert held < 0.6 * sum(processes.gathered(held))
+whole = rankfold.factorize(model, rankfold.record_of(small).plan)
+with torch.no_grad():
+    for parameter in whole.parameters():
+        parameter.zero_()
+put_together(network, whole)
+assert all(torch.equal(one, small.state_dict()[n]) for n, one in whole.state_dict().items())
+
+def train(epochs, **settings):
+    trained = rankfold.factorize(model, rankfold.record_of(small).plan)
+    done = rankfold.recover(
+        trained, data, teacher=model, epochs=epochs, accumulation=2, learning_rate=1e-3, **settings
+    )
+    return trained, [epoch.score for epoch in done.epochs]
+
+replica, scores = train(2)
+shared, same = train(2, sharded=True)
+assert same == pytest.approx(scores, rel=1e-4) and scores[2] > scores[0]
+for name, one in replica.state_dict().items():
+    torch.testing.assert_close(shared.state_dict()[name], one, rtol=1e-3, atol=1e-4)
+assert type(shared[1][0]) is nn.Linear and type(shared[1][0].weight) is nn.Parameter
+
+def interrupt(work, description, total=None):
+    if description.startswith("recovering, epoch 2"):
+        raise KeyError
+    return work
+
+with pytest.raises(KeyError):
+    train(2, sharded=True, checkpoint="state", progress=interrupt)
+again, resumed = train(2, sharded=True, checkpoint="state")
+assert resumed == same
+for name, one in shared.state_dict().items():
+    assert torch.equal(again.state_dict()[name], one)
+with pytest.raises(RankfoldError, match="whole weights"):
+    train(1, sharded=True, penalty=lambda model: 0)
+"""
+
+
+def test_what_each_process_holds_a_share_of_is_trained_as_a_whole(tmp_path) -> None:
+    together(SHARDED, tmp_path)
+
+
 def test_seeds_of_items_differ_in_what_the_generator_looks_at() -> None:
     seeds = [processes.seed_of(seed, item) for seed in range(20) for item in range(20)]
     assert len(set(seeds)) == 400 and all(0 <= seed < 2**32 for seed in seeds)

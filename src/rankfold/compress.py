@@ -29,7 +29,6 @@ from rankfold.journal import (
     Pathlike,
     Request,
     opened,
-    read_entry,
 )
 from rankfold.measure import Comparison, Metric, evaluate, in_fastest_memory_format, measure
 from rankfold.methods import Methods
@@ -83,6 +82,7 @@ def compress(
     distance: Distance = SquaredError(),  # noqa: B008  (frozen)
     accumulation: int = 1,
     precision: Precision = "float32",
+    sharded: bool = False,
     tensorboard: str | os.PathLike[str] | None = None,
     loss_fn: LossFunction | None = None,
     validation: Data | None = None,
@@ -156,6 +156,7 @@ def compress(
         "distance": distance,
         "accumulation": accumulation,
         "precision": precision,
+        "sharded": sharded,
         "loss_fn": loss_fn,
         "elastic": elastic,
         "merge": merge,
@@ -240,9 +241,6 @@ def compress(
             attach_record(small, replace(record_of(small), outlook=outlook))
             return in_fastest_memory_format(small, batch, forward, progress, runtime)
 
-        def training_state() -> Path | None:
-            return _sound(book.path(_TRAINING))
-
         def make_recovered() -> nn.Module:
             small = _saved(book, _FACTORIZED, model, make_factorized)
             if epochs > 0 and record_of(small).plan.factorized:
@@ -256,8 +254,9 @@ def compress(
                     "distance": distance,
                     "accumulation": accumulation,
                     "precision": precision,
+                    "sharded": sharded,
                     "tensorboard": tensorboard,
-                    "checkpoint": checkpoint or processes.from_first(training_state),
+                    "checkpoint": checkpoint or book.sound(_TRAINING),
                     "seed": seed,
                     "progress": progress,
                 }
@@ -313,13 +312,3 @@ def _loaded(path: Path, original: nn.Module) -> nn.Module | None:
         return load(path, original) if path.is_dir() else None
     except CheckpointError:
         return None
-
-
-def _sound(path: Path | None) -> Path | None:
-    """The path of a training state, which is removed if it is damaged."""
-    if path is not None and path.exists():
-        try:
-            read_entry(path)
-        except CheckpointError:
-            path.unlink(missing_ok=True)
-    return path

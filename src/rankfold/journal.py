@@ -61,14 +61,17 @@ class Journal:
     """Pieces of work by name, each done once: `Journal(directory)`, held `with` it by one process.
 
     `Journal()` keeps nothing, so that work is written in one way with a journal or without. Of
-    several processes that work together the first reads and writes, for all. Whether a piece is
-    read or made leaves torch's random numbers (on the CPU) as they were.
+    several processes that work together the first holds it, reads and writes for all. Those that
+    see the same directory write their shares of what is shared out themselves, as soon as each
+    piece is made: whichever is killed, nothing finished is lost. Whether a piece is read or made
+    leaves torch's random numbers (on the CPU) as they were.
     """
 
     def __init__(self, directory: Pathlike | None = None) -> None:
         self.directory = None if directory is None else Path(directory)
         self._lock: FileLock | None = None
         self._begun = False
+        self._shares = False  # whether this process sees the directory that the first one holds
 
     def __enter__(self) -> Self:
         """Raises JournalError if another process holds it, or the directory is something else."""
@@ -83,7 +86,7 @@ class Journal:
         traceback: TracebackType | None,
     ) -> None:
         """Let other processes have it; a journal without any entry leaves nothing behind."""
-        self._begun = False
+        self._begun = self._shares = False
         if self._lock is None or self.directory is None:
             return
         if not any(one.is_dir() for one in self.directory.glob("*")):
@@ -100,6 +103,8 @@ class Journal:
         if self.directory is not None and not self._begun:
             self._begun = True
             processes.from_first(lambda: self._begin(make_request(), force))
+            holder = processes.from_first(lambda: self._read_json(HOLDER))
+            self._shares = holder == self._read_json(HOLDER)
 
     def once(
         self,
@@ -119,7 +124,8 @@ class Journal:
                 return known
         with torch.random.fork_rng(devices=[]):
             made = make()
-        self._keep(name, made, pack)
+        if self._lock is not None:
+            self._write(name, made, pack)
         return made
 
     def shared_out(
@@ -150,14 +156,15 @@ class Journal:
         def do(place: int) -> R:
             with torch.random.fork_rng(devices=[]):
                 made = work(items[place])
-            self._keep(names[place], made, pack)
+            if self._lock is not None or self._shares:
+                self._write(names[place], made, pack)
             return made
 
         known |= zip(left, processes.shared_out(left, do, progress, description), strict=True)
         if processes.count() > 1:
-            for place in left:  # those of the others; each keeps its own at once
+            for place in left:  # those of processes that do not see the directory
                 if self._lock is not None and not self._place(names[place]).exists():
-                    self._keep(names[place], known[place], pack)
+                    self._write(names[place], known[place], pack)
         return [known[place] for place in range(len(items))]
 
     def kept(self, name: str) -> Any:
@@ -172,6 +179,11 @@ class Journal:
         if self.directory is None:
             return None
         return self.directory / name
+
+    def sound(self, name: str) -> Path | None:
+        """The path of an entry that others read and write, removed if it is damaged."""
+        path = self.path(name)
+        return None if path is None else processes.from_first(lambda: _removed_if_damaged(path))
 
     def forget(self, name: str) -> None:
         """Throw away an entry, what is at a path, or a whole stage."""
@@ -198,9 +210,8 @@ class Journal:
         except CheckpointError:
             return []
 
-    def _keep(self, name: str, made: T, pack: Callable[[T], Any]) -> None:
-        if self._lock is not None:
-            write_entry(self._place(name), pack(made))
+    def _write(self, name: str, made: T, pack: Callable[[T], Any]) -> None:
+        write_entry(self._place(name), pack(made))
 
     def _claim(self) -> None:
         assert self.directory is not None
@@ -225,11 +236,10 @@ class Journal:
         self._write_json(HOLDER, holder)
 
     def _holder(self) -> str:
-        assert self.directory is not None
+        about = self._read_json(HOLDER)
         try:
-            about = read_json(self.directory / HOLDER)
             return f"process {about['pid']} on {about['host']} since {about['since']}"
-        except (OSError, PlanError, KeyError, TypeError):  # it has only just begun
+        except (KeyError, TypeError):  # it has only just begun
             return "another process"
 
     def _begin(self, request: Request, force: bool) -> None:
@@ -257,14 +267,21 @@ class Journal:
 
     def _known_request(self) -> dict[str, dict[str, str]]:
         """What the journal is of; of nothing, if that cannot be read."""
-        assert self.directory is not None
+        document = self._read_json(REQUEST)
         try:
-            document = read_json(self.directory / REQUEST)
             stages = document["stages"]
             is_known = document["format_version"] == FORMAT_VERSION and isinstance(stages, dict)
             return stages if is_known and all(isinstance(s, dict) for s in stages.values()) else {}
-        except (OSError, PlanError, KeyError, TypeError):
+        except (KeyError, TypeError):
             return {}
+
+    def _read_json(self, name: str) -> Any:
+        """A document in the directory; None if it cannot be read."""
+        assert self.directory is not None
+        try:
+            return read_json(self.directory / name)
+        except (OSError, PlanError):
+            return None
 
     def _write_json(self, name: str, document: Any) -> None:
         assert self.directory is not None
@@ -329,6 +346,15 @@ def read_entry(path: Path) -> Any:
         raise
     except Exception as error:  # safetensors raises errors of many kinds for files of others
         raise CheckpointError(f"{path} is missing or damaged: {error!r:.200}") from error
+
+
+def _removed_if_damaged(path: Path) -> Path:
+    if path.exists():
+        try:
+            read_entry(path)
+        except CheckpointError:
+            path.unlink(missing_ok=True)
+    return path
 
 
 def _encoded(value: Any, tensors: list[torch.Tensor]) -> Any:

@@ -8,7 +8,7 @@ from networks import make_data, make_labelled, make_model
 from torch import nn
 
 import rankfold
-from rankfold.errors import BudgetError, RankfoldError
+from rankfold.errors import BudgetError, JournalError, RankfoldError
 from rankfold.fingerprint import weights_sha256
 from rankfold.training import gradually
 
@@ -100,6 +100,42 @@ def test_fewer_units_come_last(tmp_path) -> None:
     rankfold.save(small, tmp_path / "small")
     again = rankfold.load(tmp_path / "small", like=Reader)
     assert torch.equal(again(data[0]), small(data[0]))
+
+
+class Interrupted(Exception):
+    """In the place of a kill."""
+
+
+class Interruption:
+    """Progress that stops the work when one of its stages is entered for the nth time."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, work, description, total=None):
+        self.left -= 1
+        if self.left == 0:
+            raise Interrupted
+        return work
+
+
+def test_interrupted_anywhere_it_goes_on_to_the_same_network(tmp_path) -> None:
+    model, data = make_model(), make_data()
+    settings = {"macs": 0.4, "steps": 2, "epochs": 2}
+    watch = Watch()
+    expected = gradually(model, data, progress=watch, **settings).state_dict()
+    repeated = 0
+    for at in range(3, len(watch.done), 9):
+        journal = tmp_path / str(at)
+        with pytest.raises(Interrupted):
+            gradually(model, data, journal=journal, progress=Interruption(at), **settings)
+        rest = Watch()
+        again = gradually(model, data, journal=journal, progress=rest, **settings)
+        assert all(torch.equal(again.state_dict()[n], one) for n, one in expected.items())
+        repeated += len(rest.done) + at - len(watch.done)
+    assert repeated < len(watch.done)
+    with pytest.raises(JournalError, match="steps was 2, is 4"):
+        gradually(model, data, journal=journal, **{**settings, "steps": 4})
 
 
 def test_what_cannot_be_done_is_said_before_any_work() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import rankfold
 from rankfold.analysis import Overrides
-from rankfold.errors import BudgetError, PlanError, RankfoldError
+from rankfold.errors import BudgetError, JournalError, PlanError, RankfoldError
 from rankfold.methods import METHODS, Moments
 from rankfold.training import learn_ranks
 from rankfold.training.lc import _scale
@@ -290,3 +290,36 @@ def test_training_that_diverges_says_so() -> None:
             macs=0.5,
             loss_fn=lambda output, label: cross_entropy(output, label) * float("nan"),
         )
+
+
+class Interrupted(Exception):
+    """In the place of a kill."""
+
+
+@pytest.mark.parametrize("settings", [{"macs": 0.5}, {"price": 1.0, "multipliers": True}])
+def test_interrupted_anywhere_it_goes_on_to_the_same_network(settings, tmp_path) -> None:
+    model, data = make_model(), make_labelled()
+    settings = {"loss_fn": cross_entropy, "rounds": 3, "epochs": 2, **settings}
+    stages: list[str] = []
+
+    def watch(work, description, total=None):
+        stages.append(description)
+        return work
+
+    expected = learn_ranks(model, data, progress=watch, **settings)
+    for at in range(3, len(stages), 6):
+        left = iter(range(at))
+
+        def interrupt(work, description, total=None, left=left):
+            if next(left, None) is None:
+                raise Interrupted
+            return work
+
+        with pytest.raises(Interrupted):
+            learn_ranks(model, data, journal=tmp_path / str(at), progress=interrupt, **settings)
+        again = learn_ranks(model, data, journal=tmp_path / str(at), **settings)
+        assert again.rounds == expected.rounds
+        for name, one in expected.model.state_dict().items():
+            assert torch.equal(again.model.state_dict()[name], one)
+    with pytest.raises(JournalError, match="rounds was 3, is 4"):
+        learn_ranks(model, data, journal=tmp_path / str(at), **{**settings, "rounds": 4})

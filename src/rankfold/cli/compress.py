@@ -116,6 +116,12 @@ def compress(
     precision: Annotated[
         Precision, typer.Option("--precision", help="Of the forward pass in recovery.")
     ] = "float32",
+    sharded: Annotated[
+        bool,
+        typer.Option(
+            "--sharded", help="Of several processes each holds a share of the weights in recovery."
+        ),
+    ] = False,
     tensorboard: Annotated[
         Path | None, typer.Option("--tensorboard", help="Directory for what recovery logs.")
     ] = None,
@@ -174,6 +180,7 @@ def compress(
             distance=DISTANCES[distance],
             accumulation=accumulation,
             precision=precision,
+            sharded=sharded,
             tensorboard=tensorboard,
             loss_fn=resolve_function(loss, "loss") if loss else None,
             elastic=elastic,

@@ -59,7 +59,9 @@ class ToeplitzLikeLinear(FourierLinear):
     def to_weight(self) -> torch.Tensor:
         circulant, skew = map(transformable, self.factors)
         twist = twist_of(self.size, self.size, skew)
-        square = weight_of_spectra(torch.fft.rfft(circulant), torch.fft.fft(skew * twist), twist)
+        between = between_domains(self.size // 2 + 1, self.size, twist.real)
+        spectra = torch.fft.rfft(circulant), torch.fft.fft(skew * twist)
+        square = weight_of_spectra(*spectra, twist, between)
         return square[: self.out_features, : self.in_features].to(self.factors[0].dtype)
 
     @torch.no_grad()
@@ -90,16 +92,16 @@ def square_size(in_features: int, out_features: int) -> int:
 
 
 def weight_of_spectra(
-    circulant: torch.Tensor, skew: torch.Tensor, twist: torch.Tensor
+    circulant: torch.Tensor, skew: torch.Tensor, twist: torch.Tensor, between: torch.Tensor
 ) -> torch.Tensor:
     """The square matrix of factors that are transformed, (rank, size / 2 + 1) and (rank, size).
 
     Between the two domains of frequencies it is Σ_j ĝ_j ĥ_jᵀ, entry by entry times what takes one
-    domain to the other: a product of matrices, and transforms of all rows and columns.
+    domain to the other (`between_domains`): a product of matrices, and transforms of all rows and
+    columns.
     """
-    size = len(twist)
-    between = (circulant.mT @ skew) * between_domains(size // 2 + 1, size, twist.real)
-    return torch.fft.irfft(torch.fft.fft(between) * twist, size, dim=0)
+    in_frequencies = (circulant.mT @ skew) * between
+    return torch.fft.irfft(torch.fft.fft(in_frequencies) * twist, len(twist), dim=0)
 
 
 def between_domains(rows: int, size: int, like: torch.Tensor) -> torch.Tensor:

@@ -60,23 +60,47 @@ def improve(
     `precondition` applies a symmetric positive definite guess of the inverse of its normal
     equations. The error in the metric never rises.
     """
-    weight = weight.double()
-    residual = _transposed(product, factor, _in_metric(weight - product(factor), moments))
+    weight, start = weight.double(), factor.detach().requires_grad_()
+    with torch.enable_grad():
+        effect = product(start)  # linear: its gradient is the transpose of the map, everywhere
+
+    def transposed(response: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(effect, start, response, retain_graph=True)[0]
+
+    def normal(direction: torch.Tensor) -> torch.Tensor:
+        return transposed(in_metric(product(direction), moments))
+
+    residual = transposed(in_metric(weight - effect.detach(), moments))
+    return descend(factor, residual, normal, precondition, steps)
+
+
+def descend(
+    factor: torch.Tensor,
+    residual: torch.Tensor,
+    normal: Callable[[torch.Tensor], torch.Tensor],
+    precondition: Callable[[torch.Tensor], torch.Tensor],
+    steps: int = _STEPS,
+) -> torch.Tensor:
+    """The factor after steps of preconditioned conjugate gradients for its normal equations.
+
+    `residual` is what is left of their right side, and `normal` multiplies by their matrix.
+    """
     direction = torch.zeros_like(factor)
     before, first = 1.0, 0.0
     for _ in range(steps):
         preconditioned = precondition(residual)
         energy = (residual * preconditioned).sum().item()
         first = first or energy
+        if energy <= _NEGLIGIBLE * first:
+            break
         direction = preconditioned + (energy / before) * direction
-        effect = product(direction)
-        response = _in_metric(effect, moments)
-        curvature = (effect * response).sum().item()
-        if energy <= _NEGLIGIBLE * first or curvature <= 0:
+        response = normal(direction)
+        curvature = (direction * response).sum().item()
+        if curvature <= 0:
             break
         length = energy / curvature
         factor = factor + length * direction
-        residual = residual - length * _transposed(product, factor, response)
+        residual = residual - length * response
         before = energy
     return factor
 
@@ -96,17 +120,7 @@ def damped_cholesky(gram: torch.Tensor) -> torch.Tensor:
     return lower
 
 
-def _in_metric(difference: torch.Tensor, moments: Moments) -> torch.Tensor:
+def in_metric(difference: torch.Tensor, moments: Moments) -> torch.Tensor:
     """G Δ A, in the shape of Δ."""
     flat = moments.times_gradients(moments.times_inputs(difference))
     return flat.reshape(difference.shape)
-
-
-def _transposed(
-    product: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """The transpose of a linear map, applied to a weight: it is the gradient of their product."""
-    with torch.enable_grad():
-        variable = torch.zeros_like(like, requires_grad=True)
-        (gradient,) = torch.autograd.grad(product(variable), variable, weight)
-    return gradient

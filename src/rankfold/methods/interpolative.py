@@ -117,6 +117,8 @@ def _greedy_order(weight: torch.Tensor, moments: Moments) -> tuple[torch.Tensor,
         norms = rows.square().sum((0, 2)).sort(descending=True, stable=True)
         beyond = norms.values.flip(0).cumsum(0).flip(0)
         return norms.indices, torch.cat([beyond, beyond.new_zeros(1)])
+    if len(rows) > len(moment):  # what counts are their products alone, of which a few give all
+        rows = torch.linalg.qr(rows.flatten(1), mode="r").R.unflatten(1, (count, places))
     ridge = _ridge(moment) * torch.eye(places).to(moment)
     responses = (rows.flatten(1) @ moment).reshape(rows.shape)
     total = (rows * responses).sum()

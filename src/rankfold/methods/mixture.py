@@ -18,6 +18,8 @@ def best_mixture(
     the same on all channels, all float64. What no input shows stays as it is in `start`, or as it
     is best for the weight itself.
     """
+    if _are_apart(filters, weight, moments):
+        moments = WEIGHT_METRIC
     if start is None:
         nothing = weight.new_zeros(len(weight), len(filters), weight.shape[1])
         start = best_mixture(weight, filters, WEIGHT_METRIC, nothing)
@@ -29,6 +31,11 @@ def best_mixture(
 
 def errors_by_filter(weight: torch.Tensor, filters: torch.Tensor, moments: Moments) -> torch.Tensor:
     """The squared errors with the first 1, 2, ... filters of every channel: (filters,)."""
+    if _are_apart(filters, weight, moments):
+        shared = filters[:, 0]
+        added = added_by_each(shared @ shared.mT, weight.flatten(0, 1) @ shared.mT, WEIGHT_METRIC)
+        squares = [moments.squared_error(one.reshape(weight.shape[:2])) for one in added]
+        return tail(weight.new_tensor(squares))
     added = added_by_each(*_normal_equations(weight, filters, moments), moments)
     kept = added.square().sum(-1)  # (channels, filters), or all features in one row
     return tail(kept.reshape(len(kept), len(filters), -1).sum((0, 2)))
@@ -37,6 +44,15 @@ def errors_by_filter(weight: torch.Tensor, filters: torch.Tensor, moments: Momen
 def mixed(filters: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:
     """The weight (out, in, places)."""
     return torch.einsum("omi,mip->oip", mixture, filters.expand(-1, mixture.shape[2], -1))
+
+
+def _are_apart(filters: torch.Tensor, weight: torch.Tensor, moments: Moments) -> bool:
+    """Whether the best mixture of each place is the same in the metric as in that of the weight.
+
+    Filters that all channels share span a space of kernels, the nearest of which to a kernel does
+    not depend on a metric that is the same at all its places.
+    """
+    return filters.shape[1] == 1 and moments.of_channels(weight.shape[1]) is moments
 
 
 def _normal_equations(

@@ -26,7 +26,7 @@ from rankfold.layers import (
     separable_limit,
     split_kernel,
 )
-from rankfold.methods.alternating import Factors, alternate, improve
+from rankfold.methods.alternating import Factors, alternate, descend, improve, in_metric
 from rankfold.methods.method import (
     Rank,
     Spectrum,
@@ -291,20 +291,35 @@ def better_vertical(
     weight: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, moments: Moments
 ) -> torch.Tensor:
     """The vertical filters (rank, in, *) after steps that lower the error for given horizontal."""
+    rank, inputs = vertical.shape[:2]
+    places = weight.shape[-1]
     columns = _column_moment(weight, moments)
-    weighed = moments.times_gradients(horizontal).reshape(horizontal.shape)
-    gram = torch.einsum("orw,osw->rs", horizontal, weighed)
+    flat, weighed = horizontal.flatten(1), moments.times_gradients(horizontal)
+    pairs = _symmetric(flat.mT @ weighed).reshape(rank, places, rank, places)
+    gram = torch.einsum("rwsw->rs", pairs)
 
     def precondition(residual: torch.Tensor) -> torch.Tensor:
         halfway = residual.flatten(1)
         if columns is not None:
             halfway = columns.solve(halfway)
-        return solve(_symmetric(gram), halfway.mT).mT.reshape(residual.shape)
+        return solve(gram, halfway.mT).mT.reshape(residual.shape)
 
     def product(vertical: torch.Tensor) -> torch.Tensor:
         return kernel_of(vertical, horizontal)
 
-    return improve(vertical, product, weight, moments, precondition)
+    if moments.of_channels(inputs) is moments:
+        return improve(vertical, product, weight, moments, precondition)
+    assert moments.inputs is not None
+    patches = moments.inputs.reshape(vertical[0].numel(), -1)
+
+    def normal(direction: torch.Tensor) -> torch.Tensor:
+        """Without the kernel of the direction, which has a row for each output."""
+        seen = (direction.flatten(1) @ patches).reshape(rank, places, -1, places)
+        return torch.einsum("swrv,rvcw->sc", pairs, seen).reshape(direction.shape)
+
+    rest = in_metric(weight - product(vertical), moments)
+    residual = torch.einsum("orw,oicw->ric", horizontal, rest)
+    return descend(vertical, residual, normal, precondition)
 
 
 def balanced(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

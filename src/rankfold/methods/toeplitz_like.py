@@ -150,16 +150,22 @@ class _Fit:
     def _product(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         spectra = torch.fft.rfft(first), torch.fft.fft(second * self._twist)
         rows, columns = self.weight.shape
-        return weight_of_spectra(*spectra, self._twist)[:rows, :columns]
+        between = self._between[: self.size // 2 + 1]
+        return weight_of_spectra(*spectra, self._twist, between)[:rows, :columns]
 
     @cached_property
     def _twist(self) -> torch.Tensor:
         return twist_of(self.size, self.size, self.weight)
 
     @cached_property
+    def _between(self) -> torch.Tensor:
+        """(size, size): what takes one domain of frequencies to the other."""
+        return between_domains(self.size, self.size, self.weight)
+
+    @cached_property
     def _kernel(self) -> torch.Tensor:
-        """(size, size): the squared moduli of what takes one domain of frequencies to the other."""
-        return between_domains(self.size, self.size, self.weight).abs().square()
+        """(size, size): its squared moduli."""
+        return self._between.abs().square()
 
     def _frequencies(self, moment: torch.Tensor | None, length: int, skew: bool) -> torch.Tensor:
         """(size,): the diagonal of a moment in the domain of frequencies, 0 beyond its length."""

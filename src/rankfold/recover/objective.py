@@ -27,7 +27,7 @@ from rankfold.progress import Progress
 LossFunction = Callable[[Any, Any], torch.Tensor]  # (output, label) -> scalar
 Penalty = Callable[[nn.Module], torch.Tensor]  # of the weights alone -> scalar
 
-_CACHE_BYTES = 1 << 30  # of the teacher's outputs, kept over epochs when the data is a sequence
+CACHE_BYTES = 1 << 30  # of the teacher's outputs, kept over epochs when the data is a sequence
 
 
 class Objective:
@@ -41,15 +41,20 @@ class Objective:
         forward: Forward,
         features: Sequence[str] = (),
         autocast: torch.dtype | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        """`features` names modules whose outputs are matched too; `autocast`: of the student."""
+        """`features` names modules whose outputs are matched too; `autocast`: of the student.
+
+        Of a teacher that takes all processes to run nothing is to be cached, since they do not come
+        with the same batch again.
+        """
         if features and teacher is None:
             raise RankfoldError("features are those of a teacher: give one")
         self.teacher, self.distance = teacher, distance
         self.loss_fn, self.forward = loss_fn, forward
         self.features, self.autocast = tuple(features), autocast
         self.cache: dict[int, tuple[Any, Any]] = {}  # id of a batch: the batch, the targets
-        self.cached_bytes = 0
+        self.cached_bytes, self.cache_bytes = 0, cache_bytes
 
     def __call__(self, model: nn.Module, batch: Any, index: int, kept: bool) -> torch.Tensor:
         """The loss; `kept` says that the caller holds this batch and will come with it again."""
@@ -112,7 +117,7 @@ class Objective:
         with running(self.teacher), torch.no_grad():
             target = self._run(self.teacher, moved, index)
         size = sum(tensor.nbytes for tensor in tensors_of(target))
-        if kept and self.cached_bytes + size <= _CACHE_BYTES:
+        if kept and self.cached_bytes + size <= self.cache_bytes:
             self.cached_bytes += size
             self.cache[id(batch)] = (batch, target)
         return target

@@ -19,7 +19,8 @@ from rankfold.measure import Metric, evaluate
 from rankfold.progress import Progress, silent
 from rankfold.recover.batch_norm import reestimate_batch_norm
 from rankfold.recover.logging import tensorboard_log
-from rankfold.recover.objective import LossFunction, Objective, Penalty
+from rankfold.recover.objective import CACHE_BYTES, LossFunction, Objective, Penalty
+from rankfold.recover.sharded import device_for_shares, in_shares
 from rankfold.recover.state import KEPT, Epoch, Keep, Recovery, State, resume, write
 from rankfold.recover.trainer import (
     PRECISIONS,
@@ -57,6 +58,7 @@ def recover(
     after_step: AfterStep | None = None,
     checkpoint: Pathlike | None = None,
     tensorboard: Pathlike | None = None,
+    sharded: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Recovery:
@@ -78,7 +80,10 @@ def recover(
 
     Started by `accelerate launch` or `torchrun`, processes share the work: a step takes so many
     batches of each of them, and what comes out is what one process makes of so many times the
-    `accumulation`.
+    `accumulation`. Each trains a replica; with `sharded` it holds a share of every weight of the
+    model and of the teacher (torch's FSDP), for networks that are larger than a device: keep these
+    on the CPU, where the model is brought up to date after every epoch. A `metric` scores it there;
+    penalties and what is called between steps know whole weights, and are refused.
 
     First the factors of a layer are brought to one scale (`balance_factors`), and the batch-norm
     statistics are re-estimated, unless the score falls by it. After every epoch the model is scored
@@ -102,21 +107,20 @@ def recover(
         raise RankfoldError(f"no precision '{precision}'; there are {', '.join(PRECISIONS)}")
     if type(accumulation) is not int or accumulation < 1:
         raise RankfoldError(f"accumulation={accumulation} is a number of batches, at least 1")
+    if sharded and not (penalty is before_step is after_step is None):
+        raise RankfoldError("a penalty, before_step and after_step need whole weights: not sharded")
     if keep not in KEPT:
         raise RankfoldError(f"keep='{keep}': there are {', '.join(KEPT)}")
     start = time.perf_counter()
     check_data(data)
-    processes.join(device_of(model))
+    device = device_of(model)
+    processes.join(device_for_shares(device) if sharded else device)
     if validation is None:
         data, validation = hold_out(data)
-    objective = Objective(teacher, distance, loss_fn, forward, features, PRECISIONS[precision])
-
-    def score() -> float | None:
-        if validation is None:
-            return None
-        if metric is not None:
-            return evaluate(metric, model, validation)
-        return -processes.from_first(lambda: objective.mean(model, validation, progress))
+    if sharded and teacher is not None and processes.count() > 1:
+        teacher = in_shares(teacher, device_for_shares(device))
+    autocast, cache_bytes = PRECISIONS[precision], 0 if sharded else CACHE_BYTES
+    objective = Objective(teacher, distance, loss_fn, forward, features, autocast, cache_bytes)
 
     batches = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
     group = accumulation * processes.count()
@@ -137,16 +141,27 @@ def recover(
         before_step=before_step,
         after_step=after_step,
         log=log,
+        shares=sharded,
     )
+
+    def score() -> float | None:
+        if validation is None:
+            return None
+        if metric is not None:
+            return evaluate(metric, model, validation)
+        return -trainer.mean_loss(validation, progress)
+
     state = State(model, score(), keep)
     balance_factors(model)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     reestimate_batch_norm(model, data, forward=forward, progress=progress)
+    trainer.distribute()
     first = score()
     if first is not None and first < state.best_score:
         # Not all networks have statistics of such data.
         for name, buffer in model.named_buffers():
             buffer.copy_(before[name])
+        trainer.distribute()
         first = state.best_score
     state.add(Epoch(0, None, first), model)
     path = None if checkpoint is None else Path(checkpoint)
@@ -159,6 +174,7 @@ def recover(
             break
         description = f"recovering, epoch {index}{_told(state.history[-1].score)}"
         loss = trainer.epoch(data, batches, seed + index, progress, description)
+        trainer.collect()
         if not math.isfinite(loss):
             ended = f"the loss became {loss} in epoch {index}"
             break

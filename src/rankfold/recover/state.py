@@ -61,6 +61,7 @@ class State:
 
 def write(path: Path, run_name: str, state: State, trainer: Trainer) -> None:
     """Write the training state, so that a kill leaves this file or the one before."""
+    training = trainer.state_dict()
     if not processes.is_first():
         return
     document = {
@@ -70,7 +71,7 @@ def write(path: Path, run_name: str, state: State, trainer: Trainer) -> None:
         "best_score": state.best_score,
         "best_weights": state.weights,
         "weights": trainer.model.state_dict(),
-        **trainer.state_dict(),
+        **training,
     }
     write_entry(path, document)
 
@@ -91,6 +92,7 @@ def resume(path: Path, run_name: str, state: State, trainer: Trainer) -> None:
         # The best weights are loaded last of all: that they fit is seen now.
         for weights in (document["best_weights"], document["weights"]):
             trainer.model.load_state_dict(weights)
+        trainer.distribute()
         trainer.load_state_dict(document)
         state.history, state.best, state.best_score = history, best, best_score
         state.weights = document["best_weights"]

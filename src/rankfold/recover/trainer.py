@@ -15,6 +15,14 @@ from rankfold.batches import Data, device_of, running
 from rankfold.errors import CalibrationError, RankfoldError
 from rankfold.progress import Progress
 from rankfold.recover.objective import Objective, Penalty
+from rankfold.recover.sharded import (
+    device_for_shares,
+    in_shares,
+    put_together,
+    spread,
+    state_of_shares,
+    whole_state,
+)
 
 Schedule = Literal["cosine", "step"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -33,8 +41,9 @@ _NOISY = (_BatchNorm, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.A
 class Trainer:
     """Adam on the parameters of a model that require gradients.
 
-    A step takes `accumulation` batches from each process. The model is wrapped as Accelerate was
-    configured to (data parallel where there are several processes).
+    A step takes `accumulation` batches from each process. Where there are several, each trains a
+    replica, or with `shares` a share of every weight; the model itself is then brought up to date
+    by `collect`, after every epoch.
     """
 
     def __init__(
@@ -49,14 +58,17 @@ class Trainer:
         before_step: BeforeStep | None = None,
         after_step: AfterStep | None = None,
         log: Log | None = None,
+        shares: bool = False,
     ) -> None:
         # Importing Accelerate takes a second, which only training should pay.
         from accelerate import Accelerator
 
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.shares = shares and processes.count() > 1
+        device = device_for_shares(device_of(model)) if self.shares else device_of(model)
+        trained = in_shares(model, device) if self.shares else model
+        parameters = [p for p in trained.parameters() if p.requires_grad]
         if not parameters:
             raise RankfoldError("the model has no parameter that requires a gradient")
-        device = device_of(model)
         # Precision is this loop's own business: Accelerate would change the model's forward.
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         self.model, self.objective, self.accumulation = model, objective, accumulation
@@ -65,7 +77,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=objective.autocast is torch.float16)
         optimizer = torch.optim.Adam(parameters, learning_rate)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        self.prepared = self.accelerator.prepare_model(model)
+        self.prepared = trained if self.shares else self.accelerator.prepare_model(model)
         self.optimizer = optimizer
 
     @property
@@ -78,12 +90,13 @@ class Trainer:
     ) -> float:
         """One pass over the data in the order that the seed gives; the mean loss of all batches."""
         losses: list[float] = []
-        with torch.random.fork_rng(), running(self.model, train=True):
+        trained = self.prepared if self.shares else self.model
+        with torch.random.fork_rng(), running(trained, train=True):
             torch.manual_seed(seed)
             if self.objective.loss_fn is None:
                 # A teacher is matched output for output: the noise of dropout and of batch
                 # statistics only blurs that.
-                for module in self.model.modules():
+                for module in trained.modules():
                     module.training &= not isinstance(module, _NOISY)
             shuffled = progress(_shuffled(data), description, batches)
             for group in _groups(shuffled, self.batches_per_step):
@@ -112,7 +125,7 @@ class Trainer:
         if not math.isfinite(mean):
             return mean
         self.scaler.unscale_(self.optimizer)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.accelerator.clip_grad_norm_(self.prepared.parameters(), 1.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         rate = float(self.schedule.get_last_lr()[0])
@@ -128,19 +141,42 @@ class Trainer:
 
     def _together(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are averaged over processes after the last batch of a step alone."""
+        if self.shares:
+            self.prepared.set_requires_gradient_sync(last)  # type: ignore[operator]
+            return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(self.prepared)
 
+    def distribute(self) -> None:
+        """Train on from what the model's weights are now."""
+        if self.shares:
+            spread(self.model, self.prepared)
+
+    def collect(self) -> None:
+        """Bring the model up to date."""
+        if self.shares:
+            put_together(self.prepared, self.model)
+
+    def mean_loss(self, data: Data, progress: Progress) -> float:
+        """Over the data, in eval mode; what the first process finds, for all."""
+        if self.shares:  # which takes all of them
+            return processes.gathered(self.objective.mean(self.prepared, data, progress))[0]
+        return processes.from_first(lambda: self.objective.mean(self.model, data, progress))
+
     def state_dict(self) -> dict[str, Any]:
-        """All but the weights."""
+        """All but the weights, on which all processes have to work together."""
+        state = self.optimizer.state_dict()
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole_state(state) if self.shares else state,
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Of the same optimizer and schedule."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        known = state["optimizer"]
+        self.optimizer.load_state_dict(
+            state_of_shares(known, self.optimizer) if self.shares else known
+        )
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
 

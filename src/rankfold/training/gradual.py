@@ -1,25 +1,31 @@
 """Ranks cut in steps, with a recovery after each and a new plan for the next."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from rankfold.analysis import Analysis, Overrides, analyze
 from rankfold.batches import Data, Forward, run
+from rankfold.copies import copy_of
 from rankfold.distances import Distance, SquaredError
 from rankfold.errors import BudgetError, RankfoldError
 from rankfold.factorize import factorize
+from rankfold.journal import Journal, Pathlike, opened
 from rankfold.measure import Metric
 from rankfold.methods import Methods, ProjectUnits, RemoveUnits, make_methods
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.record import attach_record, record_of
 from rankfold.recover import LossFunction, Penalty, Schedule, recover
+from rankfold.request import beyond_defaults, request
 from rankfold.training.dense import dense_again
 
 _NO_OVERRIDES = Overrides()
+_STEPS = "steps"  # the stage in a journal
 
 
 def gradually(
@@ -44,6 +50,7 @@ def gradually(
     learning_rate: float = 3e-4,
     schedule: Schedule = "cosine",
     seed: int = 0,
+    journal: Journal | Pathlike | None = None,
     progress: Progress = silent,
 ) -> nn.Module:
     """Compress a trained network a bit, recover it, and go on from there; the last network.
@@ -56,8 +63,12 @@ def gradually(
     alone.
 
     The plan that the network remembers is of the original's architecture, so that it is saved and
-    loaded like any other. The original is left as it is. Raises BudgetError, before anything is
-    trained, for a budget that is out of reach, RankfoldError for less than one step.
+    loaded like any other. The original is left as it is. What is finished is kept in the directory
+    `journal`, from which the same call goes on where it was killed; remove it when the network has
+    been saved.
+
+    Raises BudgetError, before anything is trained, for a budget that is out of reach, RankfoldError
+    for less than one step, JournalError for a journal of something else.
     """
     if type(steps) is not int or steps < 1:
         raise RankfoldError(f"steps={steps} must be an integer of at least 1")
@@ -66,56 +77,85 @@ def gradually(
     if not budgets:
         raise BudgetError("ask for params, macs or memory")
     chosen = make_methods(methods)
+    asked_of_analysis: dict[str, Any] = {
+        "forward": forward,
+        "layers": layers,
+        "methods": chosen,
+        "metric": loss_metric,
+        "seed": seed,
+    }
+    asked_of_recovery: dict[str, Any] = {
+        "distance": distance,
+        "loss_fn": loss_fn,
+        "penalty": penalty,
+        "metric": metric if validation is not None else None,
+        "forward": forward,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "seed": seed,
+    }
 
-    def look(network: nn.Module) -> Analysis:
-        return analyze(
-            network,
-            data,
-            forward=forward,
-            layers=layers,
-            methods=chosen,
-            metric=loss_metric,
-            seed=seed,
-            progress=progress,
-        )
+    def make_request() -> dict[str, dict[str, str]]:
+        asked = {**budgets, "steps": steps, "overrides": overrides, "layers": layers}
+        asked |= {"methods": chosen, "loss_metric": loss_metric, **asked_of_recovery}
+        every = {"data": data, "validation": validation}
+        return {_STEPS: request(model, every, beyond_defaults(gradually, asked))}
 
-    def step_down(network: nn.Module, plan: Plan) -> nn.Module:
-        small = factorize(network, plan, progress=progress)
-        recovery = recover(
-            small,
-            data,
-            teacher=model if loss_fn is None else None,
-            distance=distance,
-            loss_fn=loss_fn,
-            penalty=penalty,
-            validation=validation,
-            metric=metric if validation is not None else None,
-            forward=forward,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            seed=seed,
-            progress=progress,
-        )
-        attach_record(small, replace(record_of(small), recovery=recovery))
-        return small
+    with opened(journal, make_request) as book:
 
-    analysis = look(model)
-    whole = _fractions(analysis, budgets)
-    on_the_way = [
-        {name: fraction ** (step / steps) for name, fraction in whole.items()}
-        for step in range(1, steps)
-    ]
-    # What is out of reach is better known before the work.
-    _plan(analysis, budgets, overrides)
-    for shares in on_the_way:
-        _plan(_reversible(analysis), shares, overrides)
-    current = model
-    for shares in on_the_way:
-        plan = _plan(_reversible(analysis), shares, overrides)
-        current = dense_again(step_down(current, plan), like=model)
-        analysis = look(current)
-    return step_down(current, _plan(analysis, budgets, overrides))
+        @functools.lru_cache(maxsize=1)
+        def look(network: nn.Module, step: int) -> Analysis:
+            kept = book.path(f"{_STEPS}/analysis-{step}")
+            return analyze(network, data, **asked_of_analysis, journal=kept, progress=progress)
+
+        def fractions() -> list[dict[str, float]]:
+            """On the way to the budgets. What is out of reach is better known before the work."""
+            analysis = look(model, 1)
+            whole = _fractions(analysis, budgets).items()
+            found = [{n: one ** (step / steps) for n, one in whole} for step in range(1, steps)]
+            _plan(analysis, budgets, overrides)
+            for shares in found:
+                _plan(_reversible(analysis), shares, overrides)
+            return found
+
+        def step_down(network: nn.Module, plan: Plan, step: int) -> nn.Module:
+            kept = book.path(f"{_STEPS}/factors-{step}")
+            small = factorize(network, plan, journal=kept, progress=progress)
+            recovery = recover(
+                small,
+                data,
+                teacher=model if loss_fn is None else None,
+                validation=validation,
+                checkpoint=book.sound(f"{_STEPS}/training-{step}.entry"),
+                progress=progress,
+                **asked_of_recovery,
+            )
+            attach_record(small, replace(record_of(small), recovery=recovery))
+            return small
+
+        def next_dense(network: nn.Module, shares: Mapping[str, float], step: int) -> nn.Module:
+            plan = _plan(_reversible(look(network, step)), shares, overrides)
+            return dense_again(step_down(network, plan, step), like=model)
+
+        current = model
+        for step, shares in enumerate(book.once(f"{_STEPS}/budgets", fractions), 1):
+            make = functools.partial(next_dense, current, shares, step)
+            current = _once(book, f"{_STEPS}/network-{step}", make, model)
+            for done in ("analysis-{}", "factors-{}", "training-{}.entry"):
+                book.forget(f"{_STEPS}/{done.format(step)}")
+        return step_down(current, _plan(look(current, steps), budgets, overrides), steps)
+
+
+def _once(journal: Journal, name: str, make: Callable[[], nn.Module], like: nn.Module) -> nn.Module:
+    """A network of the kind of `like`, kept by its state."""
+
+    def with_state(state: Mapping[str, torch.Tensor]) -> nn.Module:
+        network = copy_of(like)
+        network.load_state_dict(state)
+        return network
+
+    return journal.once(name, make, lambda network: network.state_dict(), with_state)
 
 
 def _plan(analysis: Analysis, budgets: Mapping[str, float], overrides: Overrides) -> Plan:

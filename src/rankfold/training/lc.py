@@ -14,8 +14,10 @@ metric itself, weights that it hardly sees do not come along.
 """
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,15 +31,18 @@ from rankfold.copies import copy_of
 from rankfold.distances import Distance, SquaredError
 from rankfold.errors import BudgetError, RankfoldError
 from rankfold.factorize import factorize
+from rankfold.journal import Journal, Pathlike, opened
 from rankfold.layers import CONVOLUTIONS, TRANSPOSED
 from rankfold.methods import Family, Methods, Moments, Rank, reduction
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.recover import LossFunction, recover
+from rankfold.request import beyond_defaults, request
 from rankfold.training.dense import dense_again
 from rankfold.unfusing import unfuse
 
 _NO_OVERRIDES = Overrides()
+_ROUNDS = "rounds"  # the stage in a journal
 _KINDS = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *TRANSPOSED)
 
 
@@ -83,6 +88,7 @@ def learn_ranks(
     forward: Forward = run,
     learning_rate: float = 3e-4,
     seed: int = 0,
+    journal: Journal | Pathlike | None = None,
     progress: Progress = silent,
 ) -> LearnedRanks:
     """Train a dense network towards low rank, its ranks chosen anew in every round; factorize it.
@@ -101,8 +107,10 @@ def learn_ranks(
     take part; the others stay dense, and so do weights that are shared.
 
     The model is left as it is. The factorized network remembers its plan, and is trained further
-    (`recover`), saved and loaded like any other. Raises BudgetError for a budget out of reach,
-    RankfoldError for settings that make no sense or for training that diverges.
+    (`recover`), saved and loaded like any other. What is finished is kept in the directory
+    `journal`, from which the same call goes on where it was killed; remove it when the network has
+    been saved. Raises BudgetError for a budget out of reach, RankfoldError for settings that make
+    no sense or for training that diverges, JournalError for a journal of something else.
     """
     asked = {"params": params, "macs": macs, "memory": memory}
     budgets = {name: value for name, value in asked.items() if value is not None}
@@ -114,54 +122,83 @@ def learn_ranks(
         raise RankfoldError(
             f"stiffness={stiffness} must be above 0, and growth={growth} at least 1"
         )
-    analysis = analyze(
-        model,
-        data,
-        forward=forward,
-        layers=layers,
-        methods=methods,
-        metric=loss_metric,
-        check=False,
-        seed=seed,
-        progress=progress,
-    )
-    weights = copy_of(model)
-    weights = unfuse(weights, [layer.name for layer in analysis.layers])
-    analysis = _prepared(analysis, weights)
-    scales = {layer.name: _scale(layer.moments) for layer in analysis.layers}
-    step = _compress(analysis, weights, demand, stiffness, {})
-    shifts: dict[str, torch.Tensor] = {}  # U
-    validation = list(first_batches(data, 1, device_of(model)))
-    done: list[Round] = []
-    for index in range(rounds):
-        recovery = recover(
-            weights,
-            data,
-            teacher=teacher,
-            distance=distance,
-            loss_fn=loss_fn,
-            penalty=_Pull(stiffness, scales, _moved(step.targets, shifts)),
-            # Not those that do best: these are pulled away from.
-            keep="last",
-            validation=validation,
-            forward=forward,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            seed=seed + index * (epochs + 1),
-            progress=progress,
+    asked_of_analysis: dict[str, Any] = {
+        "forward": forward,
+        "layers": layers,
+        "methods": methods,
+        "metric": loss_metric,
+        "seed": seed,
+    }
+    asked_of_recovery: dict[str, Any] = {
+        "distance": distance,
+        "loss_fn": loss_fn,
+        "forward": forward,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+    }
+
+    def make_request() -> dict[str, dict[str, str]]:
+        asked = {"rounds": rounds, "stiffness": stiffness, "growth": growth, "layers": layers}
+        asked |= {"methods": methods, "loss_metric": loss_metric, "multipliers": multipliers}
+        asked |= {"overrides": overrides, "price": price, "cost": cost, "seed": seed}
+        about = request(model, {"data": data}, beyond_defaults(learn_ranks, asked | budgets))
+        if teacher is not None:
+            about["teacher"] = request(teacher, {}, {})["model"]
+        return {_ROUNDS: about | request(None, {}, asked_of_recovery)}
+
+    with opened(journal, make_request) as book:
+        kept = book.path(f"{_ROUNDS}/analysis")
+        analysis = analyze(
+            model, data, **asked_of_analysis, check=False, journal=kept, progress=progress
         )
-        loss = recovery.epochs[-1].loss
-        if loss is None or recovery.ended != "all epochs done":
-            raise RankfoldError(f"round {index + 1}: {recovery.ended}: lower the learning rate")
-        step = _compress(analysis, weights, demand, stiffness, shifts)
-        if multipliers:
-            shifts = _multipliers(weights, step, shifts, growth)
-        apart = _Pull(1.0, scales, step.targets)(weights).item()
-        ranks = {entry.name: entry.rank or () for entry in step.plan.factorized}
-        done.append(Round(stiffness, loss, apart, ranks))
-        stiffness *= growth
-    small = factorize(dense_again(weights, like=model), step.plan, progress=progress)
-    return LearnedRanks(small, tuple(done))
+        weights = copy_of(model)
+        weights = unfuse(weights, [layer.name for layer in analysis.layers])
+        analysis = _prepared(analysis, weights)
+        scales = {layer.name: _scale(layer.moments) for layer in analysis.layers}
+        validation = list(first_batches(data, 1, device_of(model)))
+
+        def one_round(index: int, at: _State) -> _State:
+            """Trains `weights`, and gives a state that holds theirs."""
+            mu = stiffness * growth**index
+            recovery = recover(
+                weights,
+                data,
+                teacher=teacher,
+                penalty=_Pull(mu, scales, _moved(at.targets, at.shifts)),
+                # Not those that do best: these are pulled away from.
+                keep="last",
+                validation=validation,
+                seed=seed + index * (epochs + 1),
+                checkpoint=book.sound(f"{_ROUNDS}/training-{index}.entry"),
+                progress=progress,
+                **asked_of_recovery,
+            )
+            loss = recovery.epochs[-1].loss
+            if loss is None or recovery.ended != "all epochs done":
+                raise RankfoldError(f"round {index + 1}: {recovery.ended}: lower the learning rate")
+            step = _compress(analysis, weights, demand, mu, at.shifts)
+            shifts = _multipliers(weights, step, at.shifts, growth) if multipliers else {}
+            apart = _Pull(1.0, scales, step.targets)(weights).item()
+            ranks = {entry.name: entry.rank or () for entry in step.plan.factorized}
+            done = Round(mu, loss, apart, ranks)
+            return _State(step.plan, step.targets, shifts, weights.state_dict(), done)
+
+        def start() -> _State:
+            step = _compress(analysis, weights, demand, stiffness, {})
+            return _State(step.plan, step.targets, {}, weights.state_dict(), None)
+
+        unpacked = partial(_State.unpacked, device_of(model))
+        at = book.once(f"{_ROUNDS}/start", start, _State.packed, unpacked)
+        history: list[Round] = []
+        for index in range(rounds):
+            make = partial(one_round, index, at)
+            at = book.once(f"{_ROUNDS}/{index}", make, _State.packed, unpacked)
+            weights.load_state_dict(at.weights)
+            history += [at.done] if at.done is not None else []
+            book.forget(f"{_ROUNDS}/training-{index}.entry")
+        dense = dense_again(weights, like=model)
+        small = factorize(dense, at.plan, analysis=analysis, progress=progress)
+    return LearnedRanks(small, tuple(history))
 
 
 @dataclass(frozen=True)
@@ -214,6 +251,36 @@ class _Step:
 
     plan: Plan
     targets: Mapping[str, torch.Tensor]  # Θ, of the layers that it factorizes
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Where a run has got to."""
+
+    plan: Plan
+    targets: Mapping[str, torch.Tensor]  # Θ
+    shifts: Mapping[str, torch.Tensor]  # U
+    weights: Mapping[str, torch.Tensor]  # the state of the network
+    done: Round | None  # the last
+
+    def packed(self) -> dict[str, Any]:
+        return {
+            "plan": json.dumps(self.plan.bare().to_json()),
+            "targets": self.targets,
+            "shifts": self.shifts,
+            "weights": self.weights,
+            "done": None if self.done is None else asdict(self.done),
+        }
+
+    @staticmethod
+    def unpacked(device: torch.device, packed: Mapping[str, Any]) -> "_State":
+        known = {
+            name: {key: tensor.to(device) for key, tensor in packed[name].items()}
+            for name in ("targets", "shifts", "weights")
+        }
+        done = packed["done"]
+        plan = Plan.from_json(json.loads(packed["plan"]))
+        return _State(plan, **known, done=None if done is None else Round(**done))
 
 
 @dataclass(frozen=True, eq=False)
