@@ -36,7 +36,7 @@ from rankfold.measure import Comparison, Measurement, accuracy, measure
 from rankfold.plan import Plan
 from rankfold.products import ProductTimes, choose_products
 from rankfold.record import Record, record_of
-from rankfold.recover import Recovery, recover, reestimate_batch_norm
+from rankfold.recover import Recovery, recover, recover_blocks, reestimate_batch_norm
 from rankfold.refit import Refit, refit
 from rankfold.report import write_report
 from rankfold.version import __version__
@@ -79,6 +79,7 @@ __all__ = [
     "read_record",
     "record_of",
     "recover",
+    "recover_blocks",
     "recover_elastic",
     "reestimate_batch_norm",
     "refit",

@@ -255,7 +255,9 @@
       ["predicted loss", small(now.loss)],
       ["layers factorized", `${factorized} of ${chosen.length}`],
     ]);
-    const asked = (options && plan.request[cost]) || Math.min(1, Math.ceil(1000 * point.budget) / 1000);
+    // Rounded up, so that the plan still fits.
+    const fraction = (value) => (value > 1 ? value : Math.ceil(1000 * value) / 1000);
+    const asked = fraction((options && plan.request[cost]) || Math.min(1, point.budget));
     element("command").textContent = `${facts.command} ${facts.budgets[cost]} ${asked} --out smaller`;
     draw("curve", () => curve(now));
     showLayers();
@@ -342,7 +344,7 @@
     definitions(element("environment"), [
       ["rankfold", facts.versions.rankfold],
       ["torch", facts.versions.torch],
-      ["asked for", Object.entries(plan.request).map(([name, value]) => `${name} ${value}`).join(", ") || "nothing"],
+      ["asked for", Object.entries(plan.request).map(([name, value]) => `${name} ${typeof value === "number" ? digits(value, 4) : value}`).join(", ") || "nothing"],
       ["metric of errors", plan.metric],
       ...(comparison ? [["measured on", `${comparison.device}, ${comparison.threads} threads, ${comparison.runtime}`]] : []),
       ...(facts.merged ? [["merged", `${facts.merged} pairs of layers`]] : []),
