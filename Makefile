@@ -3,7 +3,7 @@
 PYTHON ?= python3
 INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test types suite docs bench bench-full examples decompositions sweep clean
+.PHONY: demo test types suite coverage audit docs bench bench-full examples decompositions sweep clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/rankfold demo --threads 2 --force
@@ -18,6 +18,14 @@ types: .venv-test/installed
 
 suite: .venv-test/installed
 	.venv-test/bin/pytest -n 2 --dist worksteal
+
+# The lines and branches that the tests reach.
+coverage: .venv-test/installed
+	.venv-test/bin/pytest -n 2 --dist worksteal --cov
+
+# What is known to be vulnerable of what the constraints name; asks a database on the network.
+audit: .venv-audit/installed
+	.venv-audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
 
 # Beside what users would pick instead: one network; all of them, hours.
 bench: .venv-bench/installed
@@ -48,6 +56,11 @@ sweep: .venv-bench/installed
 	.venv-demo/bin/python $(INSTALL) -e .
 	touch $@
 
+.venv-audit/installed:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --no-compile --disable-pip-version-check pip-audit
+	touch $@
+
 .venv-docs/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python $(INSTALL) -e '.[docs]'
@@ -66,4 +79,4 @@ sweep: .venv-bench/installed
 	touch $@
 
 clean:
-	rm -rf site .venv-demo .venv-docs .venv-test .venv-bench rankfold-demo .rankfold-demo.journal
+	rm -rf site .venv-demo .venv-docs .venv-audit .venv-test .venv-bench rankfold-demo .rankfold-demo.journal

@@ -1,6 +1,8 @@
 """Ranks cut in steps."""
 
+import contextlib
 import copy
+import itertools
 
 import pytest
 import torch
@@ -107,35 +109,37 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Progress that stops the work when one of its stages is entered for the nth time."""
+    """Progress that stops the work when the next but so many of its stages is entered."""
 
-    def __init__(self, at: int) -> None:
-        self.left = at
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self.done = 0
 
     def __call__(self, work, description, total=None):
-        self.left -= 1
         if self.left == 0:
             raise Interrupted
+        self.left -= 1
+        self.done += 1
         return work
 
 
-def test_interrupted_anywhere_it_goes_on_to_the_same_network(tmp_path) -> None:
+def test_interrupted_again_and_again_it_goes_on_to_the_same_network(tmp_path) -> None:
     model, data = make_model(), make_data()
     settings = {"macs": 0.4, "steps": 2, "epochs": 2}
     watch = Watch()
     expected = gradually(model, data, progress=watch, **settings).state_dict()
-    repeated = 0
-    for at in range(3, len(watch.done), 9):
-        journal = tmp_path / str(at)
-        with pytest.raises(Interrupted):
-            gradually(model, data, journal=journal, progress=Interruption(at), **settings)
-        rest = Watch()
-        again = gradually(model, data, journal=journal, progress=rest, **settings)
-        assert all(torch.equal(again.state_dict()[n], one) for n, one in expected.items())
-        repeated += len(rest.done) + at - len(watch.done)
-    assert repeated < len(watch.done)
+    found, done = None, 0
+    for stages in itertools.count(12, 2):  # more each time, so that it ends
+        progress = Interruption(stages)
+        with contextlib.suppress(Interrupted):
+            found = gradually(model, data, journal=tmp_path / "j", progress=progress, **settings)
+        done += progress.done
+        if found is not None:
+            break
+    assert stages > 14 and done < 3 * len(watch.done)
+    assert all(torch.equal(found.state_dict()[name], one) for name, one in expected.items())
     with pytest.raises(JournalError, match="steps was 2, is 4"):
-        gradually(model, data, journal=journal, **{**settings, "steps": 4})
+        gradually(model, data, journal=tmp_path / "j", **{**settings, "steps": 4})
 
 
 def test_what_cannot_be_done_is_said_before_any_work() -> None:
