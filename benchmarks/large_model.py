@@ -148,7 +148,9 @@ def in_its_own_process(*arguments: str) -> dict[str, Any]:
 
 def main(
     blocks: int = 2,
-    params: float = 0.6,
+    params: Annotated[
+        float, typer.Option(help="share kept; of few blocks embeddings are most")
+    ] = 0.85,
     folder: Annotated[Path | None, typer.Option(help="with room for it")] = None,
     on_data: Annotated[bool, typer.Option(help="or by weights alone")] = True,
     threads: int = 2,
