@@ -20,8 +20,17 @@ LONG = ("test_demo_keeps_its_promise", "test_the_python_example_runs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first, the others as they are."""
-    items.sort(key=lambda item: item.name not in LONG)
+    """The long ones first, the others as they are, but for those of one method and layer.
+
+    These follow one another, so that what is fitted for all of them is fitted in one process.
+    """
+    files = list(dict.fromkeys(item.path for item in items))
+    items.sort(key=lambda item: (item.name not in LONG, files.index(item.path), case_of(item)))
+
+
+def case_of(item: pytest.Item) -> str:
+    known = item.callspec.params if hasattr(item, "callspec") else {}
+    return f"{known['method'].name} {known['layer']}" if {"method", "layer"} <= set(known) else ""
 
 
 @pytest.fixture(autouse=True)

@@ -41,10 +41,12 @@ import sys
 import pytest
 import torch
 from networks import make_data, make_model
+from torch import nn
 import rankfold
 from rankfold import processes
 from rankfold.cli import main
-from rankfold.errors import ModelError
+from rankfold.errors import ModelError, RankfoldError
+from rankfold.recover.sharded import in_shares, put_together
 
 model, data = make_model(), make_data()
 analysis = rankfold.analyze(model, data, batches=5)
@@ -83,6 +85,52 @@ with pytest.raises(ModelError, match="layer 3 is wrong"):
 with processes.by_itself():
     assert processes.count() == 1 and processes.is_first()
     assert processes.gathered("only this one") == ["only this one"]
+
+# Each with a share of every weight, in the place of a replica.
+torch.manual_seed(0)
+blocks = [nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 48)) for _ in range(3)]
+model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 48), *blocks, nn.BatchNorm1d(3)).eval()
+data = [batch[:, :, :8, :8] for batch in make_data()]
+small = rankfold.factorize(model, rankfold.analyze(model, data, metric="weight").plan(params=0.6))
+
+network = in_shares(small, torch.device("cpu"))
+held = sum(share.to_local().numel() for share in network.parameters())
+assert sum(processes.gathered(held)) == sum(one.numel() for one in small.parameters())
+assert held < 0.6 * sum(processes.gathered(held))
+whole = rankfold.factorize(model, rankfold.record_of(small).plan)
+with torch.no_grad():
+    for parameter in whole.parameters():
+        parameter.zero_()
+put_together(network, whole)
+assert all(torch.equal(one, small.state_dict()[n]) for n, one in whole.state_dict().items())
+
+def train(epochs, **settings):
+    trained = rankfold.factorize(model, rankfold.record_of(small).plan)
+    done = rankfold.recover(
+        trained, data, teacher=model, epochs=epochs, accumulation=2, learning_rate=1e-3, **settings
+    )
+    return trained, [epoch.score for epoch in done.epochs]
+
+replica, scores = train(2)
+shared, same = train(2, sharded=True)
+assert same == pytest.approx(scores, rel=1e-4) and scores[2] > scores[0]
+for name, one in replica.state_dict().items():
+    torch.testing.assert_close(shared.state_dict()[name], one, rtol=1e-3, atol=1e-4)
+assert type(shared[1][0]) is nn.Linear and type(shared[1][0].weight) is nn.Parameter
+
+def interrupt(work, description, total=None):
+    if description.startswith("recovering, epoch 2"):
+        raise KeyError
+    return work
+
+with pytest.raises(KeyError):
+    train(2, sharded=True, checkpoint="state", progress=interrupt)
+again, resumed = train(2, sharded=True, checkpoint="state")
+assert resumed == same
+for name, one in shared.state_dict().items():
+    assert torch.equal(again.state_dict()[name], one)
+with pytest.raises(RankfoldError, match="whole weights"):
+    train(1, sharded=True, penalty=lambda model: 0)
 
 # The command line, which parts from the others at the end.
 names = ["networks:make_model", "--data", "networks:make_data", "--test", "networks:make_labelled"]
@@ -166,69 +214,6 @@ def test_the_share_of_a_killed_process_is_taken_over(tmp_path, monkeypatch) -> N
     assert sorted(path.read_text() for path in tmp_path.glob("made by *")) == ["5 ", "7 "]
     entries = [len(list((tmp_path / f"own-{n}").glob("journal/stage/*.entry"))) for n in range(3)]
     assert entries == [8, 0, 0]
-
-
-SHARDED = """
-import os
-import pytest
-import torch
-from networks import make_data
-from torch import nn
-import rankfold
-from rankfold import processes
-from rankfold.errors import RankfoldError
-from rankfold.recover.sharded import in_shares, put_together
-
-processes.join(torch.device("cpu"))
-torch.manual_seed(0)
-blocks = [nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 48)) for _ in range(3)]
-model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 48), *blocks, nn.BatchNorm1d(3)).eval()
-data = [batch[:, :, :8, :8] for batch in make_data()]
-small = rankfold.factorize(model, rankfold.analyze(model, data, metric="weight").plan(params=0.6))
-
-network = in_shares(small, torch.device("cpu"))
-held = sum(share.to_local().numel() for share in network.parameters())
-assert sum(processes.gathered(held)) == sum(one.numel() for one in small.parameters())
-assert held < 0.6 * sum(processes.gathered(held))
-whole = rankfold.factorize(model, rankfold.record_of(small).plan)
-with torch.no_grad():
-    for parameter in whole.parameters():
-        parameter.zero_()
-put_together(network, whole)
-assert all(torch.equal(one, small.state_dict()[n]) for n, one in whole.state_dict().items())
-
-def train(epochs, **settings):
-    trained = rankfold.factorize(model, rankfold.record_of(small).plan)
-    done = rankfold.recover(
-        trained, data, teacher=model, epochs=epochs, accumulation=2, learning_rate=1e-3, **settings
-    )
-    return trained, [epoch.score for epoch in done.epochs]
-
-replica, scores = train(2)
-shared, same = train(2, sharded=True)
-assert same == pytest.approx(scores, rel=1e-4) and scores[2] > scores[0]
-for name, one in replica.state_dict().items():
-    torch.testing.assert_close(shared.state_dict()[name], one, rtol=1e-3, atol=1e-4)
-assert type(shared[1][0]) is nn.Linear and type(shared[1][0].weight) is nn.Parameter
-
-def interrupt(work, description, total=None):
-    if description.startswith("recovering, epoch 2"):
-        raise KeyError
-    return work
-
-with pytest.raises(KeyError):
-    train(2, sharded=True, checkpoint="state", progress=interrupt)
-again, resumed = train(2, sharded=True, checkpoint="state")
-assert resumed == same
-for name, one in shared.state_dict().items():
-    assert torch.equal(again.state_dict()[name], one)
-with pytest.raises(RankfoldError, match="whole weights"):
-    train(1, sharded=True, penalty=lambda model: 0)
-"""
-
-
-def test_what_each_process_holds_a_share_of_is_trained_as_a_whole(tmp_path) -> None:
-    together(SHARDED, tmp_path)
 
 
 def test_seeds_of_items_differ_in_what_the_generator_looks_at() -> None:
