@@ -2,6 +2,9 @@
 
     python benchmarks/faults.py                    100 kills, on a network of seconds
     python benchmarks/faults.py --network demo --kills 12
+    python benchmarks/faults.py --disk             on a disk that is full, and larger each time
+
+A disk is mounted in memory, which takes root.
 
 Each result is compared with that of a run that nobody killed: weights bit for bit, and all that is
 said of them but times. Writes benchmarks/faults.json and the table in docs/faults.md.
@@ -14,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +39,7 @@ NETWORKS = {
         *("--macs", "0.25", "--epochs", "6"),
     ],
 }
+FIRST_SIZE = 64  # KiB of a disk
 PHASES = {
     "analysis/parts/layer": "a layer's decompositions",
     "analysis/parts/statistics": "statistics",
@@ -92,14 +97,13 @@ def child(log: Path, arguments: list[str]) -> None:
             file.write(f"{time.time()} {what}\n")
 
     keep, begin, write, save = (
-        *(journal.Journal._keep, journal.Journal.begin),
+        *(journal.Journal._write, journal.Journal.begin),
         *(recover.__globals__["write"], compress.__globals__["save"]),
     )
 
     def noted_keep(self: Any, name: str, *rest: Any) -> None:
         keep(self, name, *rest)
-        if self._lock is not None:
-            note(f"kept {name}")
+        note(f"kept {name}")
 
     def noted_begin(self: Any, *rest: Any, **named: Any) -> None:
         begin(self, *rest, **named)
@@ -113,7 +117,7 @@ def child(log: Path, arguments: list[str]) -> None:
         save(model, path, **named)
         note(f"kept network/{path.name}")
 
-    journal.Journal._keep, journal.Journal.begin = noted_keep, noted_begin
+    journal.Journal._write, journal.Journal.begin = noted_keep, noted_begin
     recover.__globals__["write"], compress.__globals__["save"] = noted_write, noted_save
     sys.argv = ["rankfold", *arguments]
     note("started")
@@ -126,7 +130,8 @@ def child(log: Path, arguments: list[str]) -> None:
 class Run:
     """The command in a process of its own, forked from this one, which has imported everything."""
 
-    def __init__(self, room: Path, out: str, network: str) -> None:
+    def __init__(self, room: Path, out: str, network: str, place: Path | None = None) -> None:
+        """What it says goes to the room, what it makes there too or to another place."""
         self.seconds = 0.0  # of processors, when it has ended: others work on the machine too
         arguments = ["compress", *NETWORKS[network], "--threads", "1", "--out", out]
         sys.stdout.flush()
@@ -134,8 +139,8 @@ class Run:
         if self.pid == 0:
             status = 1
             try:
-                os.chdir(room)
-                output = os.open(f"{out}.output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.chdir(place or room)
+                output = os.open(room / f"{out}.output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(output, 1)
                 os.dup2(output, 2)
                 child(room / f"{out}.log", arguments)
@@ -244,6 +249,39 @@ def killed(room: Path, network: str, kills: int, seed: int) -> dict[str, Any]:
     }
 
 
+def on_a_full_disk(room: Path, network: str) -> dict[str, Any]:
+    """A disk a quarter larger each time that it was full, until the command comes to its end."""
+    _, _, expected = uninterrupted(room, network)
+    disk, size, full = room / "disk", FIRST_SIZE, 0
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], check=True)
+    try:
+        while Run(room, "small", network, disk).wait():
+            told = (room / "small.output").read_text().splitlines()[-1]
+            if "No space left on device" not in told or not told.startswith("error:"):
+                raise AssertionError(f"on a full disk of {size} KiB it says: {told}")
+            full += 1
+            size = size * 5 // 4
+            subprocess.run(["mount", "-o", f"remount,size={size}k", disk], check=True)
+        if result(disk / "small") != expected:
+            raise AssertionError("another result")
+        left = [path.name for path in disk.iterdir() if path.name.startswith(".")]
+        if left:
+            raise AssertionError(f"left behind: {left}")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    return {"full": full, "kibibytes": [FIRST_SIZE, size]}
+
+
+def disk_told(found: dict[str, Any]) -> str:
+    first, last = found["kibibytes"]
+    return (
+        f"On a disk of {first} KiB, made a quarter larger each time, the same command ended "
+        f"{found['full']} times with the error that no space is left, and at {last} KiB with the "
+        "result, the same again; nothing was left behind.\n"
+    )
+
+
 def table(found: dict[str, Any]) -> str:
     """By phase the kills that hit it, and what a kill cost."""
     names = [name for name in NETWORKS if name in found]
@@ -268,6 +306,7 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="signals")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--disk", action="store_true")
     asked = parser.parse_args()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     import plotly.graph_objects
@@ -281,11 +320,16 @@ def main() -> None:
     # What is imported when it is needed, is imported now.
     rankfold.compress(make_model(), make_data()[:4], macs=0.4, epochs=1)
     with tempfile.TemporaryDirectory() as room:
-        found[asked.network] = killed(Path(room), asked.network, asked.kills, asked.seed)
+        if asked.disk:
+            found["disk"] = on_a_full_disk(Path(room), asked.network)
+        else:
+            found[asked.network] = killed(Path(room), asked.network, asked.kills, asked.seed)
     found["machine"] = machine()
     save(RESULTS, found)
     between_markers(DOCUMENT, "kills", table(found))
-    print(json.dumps(found[asked.network], indent=1))
+    if "disk" in found:
+        between_markers(DOCUMENT, "disk", disk_told(found["disk"]))
+    print(json.dumps(found["disk" if asked.disk else asked.network], indent=1))
 
 
 if __name__ == "__main__":

@@ -36,10 +36,14 @@ def in_shares(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """The layers of the outermost lists and sequences."""
+    """The layers of the outermost lists and sequences; lists of lists are looked into."""
     for child in network.children():
         if isinstance(child, nn.ModuleList | nn.Sequential):
-            yield from (one for one in child if any(True for _ in one.parameters()))
+            for one in child:
+                if isinstance(one, nn.ModuleList | nn.ModuleDict):
+                    yield from _blocks(nn.ModuleList([one]))
+                elif any(True for _ in one.parameters()):
+                    yield one
         else:
             yield from _blocks(child)
 
