@@ -265,8 +265,8 @@ def write_document(facts: dict[str, Any]) -> None:
         more = 100 * (statistics.median(a / b for a, b in pairs) - 1)
         text = (
             f"An epoch of the demo network on {IMAGES:,} images: {ours:.1f} s by `recover`, "
-            f"{plain:.1f} s by a plain loop, in turns, medians of {ROUNDS}; the median ratio "
-            f"of neighbours is {more:+.1f} %.\n\n{on['overhead']}.\n"
+            f"{plain:.1f} s by a plain loop, in turns, medians of {ROUNDS}; the median of "
+            f"the ratios of neighbours is {more:+.1f} %.\n\n{on['overhead']}.\n"
         )
         between_markers(DOCUMENT, "overhead", text)
 
