@@ -30,7 +30,7 @@ _NOISE = 1e-2
 
 @dataclass(frozen=True)
 class TensorRing(Decomposition):
-    """tensor[i1, ..., id] ≈ trace(cores[0][:, i1] cores[1][:, i2] ... cores[d-1][:, id])."""
+    """`tensor[i1, ..., id] ≈ trace(cores[0][:, i1] cores[1][:, i2] ... cores[d-1][:, id])`."""
 
     cores: tuple[torch.Tensor, ...]
     """Each (rank before, length of the mode, rank after); the last rank is the first."""

@@ -31,7 +31,7 @@ _SKETCH = 64  # columns of the first sketch
 
 @dataclass(frozen=True)
 class TensorTrain(Decomposition):
-    """tensor[i1, ..., id] ≈ cores[0][:, i1] cores[1][:, i2] ... cores[d-1][:, id]."""
+    """`tensor[i1, ..., id] ≈ cores[0][:, i1] cores[1][:, i2] ... cores[d-1][:, id]`."""
 
     cores: tuple[torch.Tensor, ...]  # each (rank before, length of the mode, rank after)
 

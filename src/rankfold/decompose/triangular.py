@@ -77,7 +77,7 @@ def solve_normal(normal: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class PLU(Decomposition):
-    """matrix[rows][:, columns] = lower upper."""
+    """`matrix[rows][:, columns] = lower upper`."""
 
     lower: torch.Tensor  # (m, rank), lower trapezoidal, ones on the diagonal
     upper: torch.Tensor  # (rank, n), upper trapezoidal

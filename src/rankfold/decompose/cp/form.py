@@ -11,7 +11,7 @@ from rankfold.errors import RankError
 
 @dataclass(frozen=True)
 class CP(Decomposition):
-    """tensor ≈ Σ_r norms[r] factors[0][:, r] ∘ factors[1][:, r] ∘ ..., heaviest terms first."""
+    """`tensor ≈ Σ_r norms[r] factors[0][:, r] ∘ factors[1][:, r] ∘ ...`, heaviest terms first."""
 
     norms: torch.Tensor  # (rank,), the Frobenius norms of the terms
     factors: tuple[torch.Tensor, ...]  # each (length of the mode, rank), columns of norm one
