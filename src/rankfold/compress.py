@@ -100,13 +100,12 @@ def compress(
 
     `data` yields batches (see `rankfold.batches`); labels are not needed. The budget is that of
     `Analysis.plan`, what may be factorized that of `analyze`, recovery that of `recover` with the
-    original as the teacher (or with `loss_fn` on labels instead; `epochs=0` leaves it out; `sharded`
-    is refused together with `elastic`). A
-    budget of `latency` is kept as measured on the whole network, not only as predicted; where
-    nothing can be gained, every layer stays dense. Instead of a budget, `max_drop` asks for the
-    fewest MACs that lose, before recovery, at most so much of the metric on `validation` (by
-    default `test`); without a metric, of the agreement with the original. With nothing asked for,
-    that is `UNASKED_DROP`.
+    original as the teacher (or with `loss_fn` on labels instead; `epochs=0` leaves it out), not
+    `sharded` where it is `elastic`. A budget of `latency` is kept as measured on the whole network,
+    not only as predicted; where nothing can be gained, every layer stays dense. Instead of a
+    budget, `max_drop` asks for the fewest MACs that lose, before recovery, at most so much of the
+    metric on `validation` (by default `test`); without a metric, of the agreement with the
+    original. With nothing asked for, that is `UNASKED_DROP`.
 
     Predicted losses do not always say which method the metric likes best: with `contest`, plans are
     also made in which one method takes every layer that it can take, and of all their networks the
