@@ -6,6 +6,7 @@ from tensors import seeds, tensor_of
 
 from rankfold.decompose.unfolding import (
     gram,
+    halves,
     mode_gram,
     mode_product,
     project,
@@ -63,3 +64,12 @@ def test_the_split_is_in_the_middle_of_the_product() -> None:
     assert split_point((4, 4, 4, 4)) == 2
     assert split_point((5, 7)) == 1
     assert split_point((1, 1, 1)) in (1, 2)
+
+
+def test_halves_are_as_even_as_can_be() -> None:
+    assert halves((128, 1024, 64)) == ((1,), (0, 2))
+    assert halves((256, 256, 3, 3)) == ((0, 2), (1, 3))
+    assert halves((4, 4, 4, 4)) == ((0, 1), (2, 3))
+    assert halves((5, 7)) == ((0,), (1,))
+    first, last = halves((1, 1, 1))
+    assert sorted(first + last) == [0, 1, 2] and 2 in last

@@ -5,7 +5,7 @@ import torch
 from tensors import tensor_of, weight_of
 
 from rankfold.methods import WEIGHT_METRIC, Moments
-from rankfold.methods.alternating import improve
+from rankfold.methods.alternating import improve, lowered
 
 
 def metric_of(length: int) -> torch.Tensor:
@@ -46,3 +46,10 @@ def test_a_factor_that_is_best_stays_as_it_is() -> None:
     factor = tensor_of((4, 3))
     improved = improve(factor, lambda given: given, factor, Moments(weight_of(3)), lambda r: r)
     assert torch.equal(improved, factor)
+
+
+def test_sweeps_go_on_for_as_long_as_the_error_falls() -> None:
+    errors = [5.0, 3.0, 2.0, 2.0, 1.0]
+    assert lowered(0, lambda k: k + 1, lambda k: errors[k], whole=10.0, sweeps=4) == 2
+    assert lowered(0, lambda k: k + 1, lambda k: errors[k], whole=10.0, sweeps=1) == 1
+    assert lowered(0, lambda k: k + 1, lambda k: errors[k], whole=1e21) == 0  # exact already

@@ -1,5 +1,6 @@
 """Block diagonal plus low rank: the form, the fit, and a network of it."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,13 @@ from rankfold.errors import RankError
 from rankfold.layers import BlockDiagonalConvolution, BlockDiagonalLinear
 from rankfold.layers.block_diagonal import GroupedLinear
 from rankfold.methods import METHODS, WEIGHT_METRIC, BlockDiagonal, Moments
+from rankfold.methods.block_diagonal import (
+    _blocks_times_inputs,
+    _diagonal_times_gradients,
+    _placed,
+    _projection,
+)
+from rankfold.methods.svd import low_rank_factors
 
 METRICS = {
     "weight": lambda outputs, inputs: WEIGHT_METRIC,
@@ -225,3 +233,39 @@ def test_a_metric_of_few_samples_is_taken(rank) -> None:
         form = family.build(candidate)
         assert all(torch.isfinite(parameter).all() for parameter in form.parameters())
         assert 0 <= family.loss(candidate) <= 1 + 1e-9
+
+
+@in_every_metric
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (8, 12, 3)], ids=str)
+def test_products_that_skip_zeros_are_those_of_the_whole_weight(shape, metric) -> None:
+    """With the moments of channels; with those of whole patches too."""
+    outputs, inputs, *kernel = shape
+    blocks = tensor_of((4, outputs // 4, inputs // 4, *kernel))
+    weight, patches = tensor_of(shape, seed=1), math.prod(shape[1:])
+    for moments in (METRICS[metric](outputs, inputs), METRICS[metric](outputs, patches)):
+        response = moments.times_inputs(_placed(blocks))
+        torch.testing.assert_close(_blocks_times_inputs(blocks, moments), response)
+        expected = moments.times_gradients(weight).reshape(shape)
+        found = _diagonal_times_gradients(weight.flatten(1), blocks, moments)
+        assert found.shape == blocks.shape
+        for k, block in enumerate(found):
+            rows, columns = (
+                slice(k * outputs // 4, (k + 1) * outputs // 4),
+                slice(k * inputs // 4, (k + 1) * inputs // 4),
+            )
+            torch.testing.assert_close(block, expected[rows, columns])
+
+
+@in_every_metric
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (8, 12, 3)], ids=str)
+def test_the_projection_is_the_best_of_its_rank(shape, metric) -> None:
+    moments = METRICS[metric](*shape[:2])
+    weight = tensor_of(shape)
+    response = moments.times_inputs(weight)
+    for rank in (1, 3, 8):
+        left, right, seen = _projection(weight.flatten(1), response, rank, moments)
+        torch.testing.assert_close(seen, moments.times_inputs(right.reshape(rank, *shape[1:])))
+        values = low_rank_factors(weight, moments)[2]
+        difference = weight - (left @ right).reshape(shape)
+        lost = values[rank:].square().sum().item()
+        assert moments.squared_error(difference) == pytest.approx(lost, rel=1e-6, abs=1e-12)

@@ -9,7 +9,7 @@ from torch import nn
 from rankfold.cost import count_layer_macs, count_parameters
 from rankfold.layers import SeparableConvolution
 from rankfold.methods import WEIGHT_METRIC, Moments, Separable
-from rankfold.methods.separable import best_horizontal, separate, squared_errors
+from rankfold.methods.separated import separate
 
 LAYERS = [nn.Conv2d(6, 8, (3, 2)), nn.Conv2d(4, 12, 3), nn.Conv3d(4, 5, (2, 3, 2))]
 
@@ -103,30 +103,6 @@ def test_both_factors_have_the_same_norms(layer) -> None:
     torch.testing.assert_close(first.weight.detach().flatten(1).norm(dim=1), expected)
     norms = last.weight.detach().movedim(1, 0).flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, expected)
-
-
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("gradients", [True, False])
-def test_horizontal_filters_are_best_in_the_metric_of_patches(layer, gradients) -> None:
-    """Against least squares on the samples whose moment the metric is."""
-    layer = with_weight(layer)
-    rows = tensor_of((400, layer.weight[0].numel()), seed=4)
-    rows[:, 1:] += rows[:, :-1]
-    gradients = weight_of(layer.out_channels, seed=2) if gradients else None
-    moments = Moments(rows.mT @ rows, gradients)
-    separated = separate(layer, moments)
-    weight, vertical = separated.weight, separated.vertical[:3]
-    _, inputs, column, places = weight.shape
-    found = best_horizontal(weight, vertical, separated.horizontal[:, :3], moments)
-    features = torch.einsum(
-        "nicw,ric->nrw", rows.reshape(-1, inputs, column, places), vertical
-    ).flatten(1)
-    expected = torch.linalg.lstsq(features, rows @ weight.flatten(1).mT).solution.mT
-    torch.testing.assert_close(found.flatten(1), expected, rtol=1e-6, atol=1e-6)
-    rest = torch.einsum("ric,orw->oicw", vertical, found) - weight
-    assert squared_errors(separated)[2].item() == pytest.approx(
-        moments.squared_error(rest), rel=1e-6
-    )
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)

@@ -5,6 +5,8 @@ All take a batch: `batch_dims` leading dimensions count its members, and the mod
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from itertools import combinations
 
 import torch
 
@@ -83,3 +85,21 @@ def split_point(lengths: Sequence[int]) -> int:
     for length in lengths:
         sizes.append(sizes[-1] + math.log(length))
     return min(range(1, len(lengths)), key=lambda k: abs(2 * sizes[k] - sizes[-1]))
+
+
+@cache
+def halves(lengths: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The modes in two groups, each ascending, with products as near to each other as can be.
+
+    The last mode is in the second group. Of equal ones the groups of neighbouring modes are taken.
+    """
+    modes = range(len(lengths))
+    firsts = [first for size in modes[1:] for first in combinations(modes[:-1], size)]
+    whole = math.log(math.prod(lengths))
+
+    def imbalance(first: tuple[int, ...]) -> tuple[float, int]:
+        half = math.log(math.prod(lengths[mode] for mode in first))
+        return round(abs(2 * half - whole), 9), first[-1] - len(first)
+
+    first = min(firsts, key=imbalance)
+    return first, tuple(mode for mode in modes if mode not in first)

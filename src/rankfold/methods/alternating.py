@@ -6,6 +6,7 @@ gradients only multiply by them, and each of their steps lowers the error.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ _RIDGE = 1e-8  # of the mean eigenvalue
 
 
 Factors = tuple[torch.Tensor, ...]
+State = TypeVar("State")
 
 
 def alternate(
@@ -29,21 +31,36 @@ def alternate(
     moments: Moments,
     sweeps: int = _SWEEPS,
 ) -> Factors:
-    """The factors after a few sweeps, for as long as these lower the error of their product.
+    """The factors after a few sweeps, for as long as these lower the error of their product."""
+
+    def squared_error(factors: Factors) -> float:
+        return moments.squared_error(product(*factors) - weight)
+
+    whole = moments.squared_error(weight)
+    return lowered(factors, lambda given: sweep(*given), squared_error, whole, sweeps)
+
+
+def lowered(
+    state: State,
+    sweep: Callable[[State], State],
+    squared_error: Callable[[State], float],
+    whole: float,
+    sweeps: int = _SWEEPS,
+) -> State:
+    """The state after a few sweeps, for as long as these lower its error; `whole`: of nothing.
 
     Where moments are singular rounding may keep a sweep from doing what it should.
     """
-    least = moments.squared_error(product(*factors) - weight)
-    whole = moments.squared_error(weight)
+    least = squared_error(state)
     for _ in range(sweeps):
         if least <= _EXACT * whole:
             break
-        candidates = sweep(*factors)
-        reached = moments.squared_error(product(*candidates) - weight)
+        candidate = sweep(state)
+        reached = squared_error(candidate)
         if not reached < least:
             break
-        factors, least = candidates, reached
-    return factors
+        state, least = candidate, reached
+    return state
 
 
 def improve(

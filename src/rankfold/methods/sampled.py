@@ -7,7 +7,7 @@ saves less than the one before, so that the chord between two losses lies above 
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -89,6 +89,18 @@ class SampledFamily:
         form: Any = self.build(rank) if self.draft is None else self.draft(rank)
         with torch.no_grad():
             difference = form.to_dense().weight.double() - weight.double()
-        whole = self.moments.squared_error(weight)
-        share = self.moments.squared_error(difference) / whole if whole > 0 else 0.0
-        return self.moments.loss_of(float(f"{share:.{_DIGITS}g}") * whole, weight).item()
+        share = self.moments.squared_error(difference) / self._whole if self._whole > 0 else 0.0
+        error = float(f"{share:.{_DIGITS}g}") * self._whole
+        return self._in_loss.loss_of(error, weight).item()
+
+    @cached_property
+    def _whole(self) -> float:
+        """The squared error of nothing at all."""
+        return self.moments.squared_error(self.layer.weight.detach())
+
+    @cached_property
+    def _in_loss(self) -> Moments:
+        """The metric with its scale known."""
+        if self.moments.scale is not None:
+            return self.moments
+        return replace(self.moments, scale=1 / self._whole if self._whole > 0 else 0.0)

@@ -17,17 +17,15 @@ from torch import nn
 
 from rankfold.decompose.matrix import leading_eigenvectors
 from rankfold.layers import Convolution, SeparableBottleneck, assign_factors, check_ranks
-from rankfold.methods.alternating import Factors, alternate
+from rankfold.methods.alternating import Factors, lowered
 from rankfold.methods.method import Rank, Spectrum, aligned_ranks, check_alignment, why_not_spatial
 from rankfold.methods.moments import Moments
 from rankfold.methods.refit import tail
-from rankfold.methods.separable import (
+from rankfold.methods.separated import (
+    Features,
+    Filters,
     Separated,
     balanced,
-    best_horizontal,
-    better_vertical,
-    kernel_of,
-    normal_equations,
     separate,
     squared_errors,
 )
@@ -116,49 +114,46 @@ class Separable3Family:
         return form
 
 
+@dataclass(frozen=True, eq=False)
+class _Bottleneck:
+    """Filters whose horizontal ones (out, r_1, *) are products of `last` and `horizontal`."""
+
+    filters: Filters
+    horizontal: torch.Tensor  # (r_2, r_1, *)
+    last: torch.Tensor  # (out, r_2)
+
+
 def _refined(separated: Separated, between: int, outputs: int) -> Factors:
     """Vertical (r_1, in, *), horizontal (r_2, r_1, *) and last factor (out, r_2)."""
-    weight, moments = separated.weight, separated.moments
-    vertical, start = separated.vertical[:between], separated.horizontal[:, :between]
 
-    def product(
-        vertical: torch.Tensor, horizontal: torch.Tensor, last: torch.Tensor
-    ) -> torch.Tensor:
-        return kernel_of(vertical, torch.tensordot(last, horizontal, dims=1))
-
-    def sweep(vertical: torch.Tensor, horizontal: torch.Tensor, last: torch.Tensor) -> Factors:
+    def best_after(vertical: torch.Tensor, start: torch.Tensor) -> _Bottleneck:
+        features = separated.features(vertical)
+        horizontal, last = _best_after(separated, features, start, outputs)
         both = torch.tensordot(last, horizontal, dims=1)
-        vertical = better_vertical(weight, vertical, both, moments)
-        return vertical, *_best_after(weight, vertical, both, outputs, moments)
+        return _Bottleneck(separated.filters(features, both), horizontal, last)
 
-    factors = vertical, *_best_after(weight, vertical, start, outputs, moments)
-    vertical, horizontal, last = alternate(factors, sweep, product, weight, moments)
-    horizontal, last = balanced(horizontal, last[..., None])
-    return *balanced(vertical, horizontal), last
+    def sweep(found: _Bottleneck) -> _Bottleneck:
+        return best_after(separated.better_vertical(found.filters), found.filters.horizontal)
 
-
-def _horizontal(horizontal: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """The horizontal filters to all outputs, (out, r_1, *)."""
-    return torch.tensordot(last, horizontal, dims=1)
+    start = best_after(separated.vertical[:between], separated.horizontal[:, :between])
+    found = lowered(start, sweep, lambda one: separated.squared_error(one.filters), separated.whole)
+    horizontal, last = balanced(found.horizontal, found.last[..., None])
+    return *balanced(found.filters.vertical, horizontal), last
 
 
 def _best_after(
-    weight: torch.Tensor,
-    vertical: torch.Tensor,
-    start: torch.Tensor,
-    outputs: int,
-    moments: Moments,
+    separated: Separated, features: Features, start: torch.Tensor, outputs: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The horizontal filters (r_2, r_1, *) and the last factor (out, r_2) that are best.
 
     For given vertical filters this is a matrix problem with a closed form: the horizontal filters
     to all outputs by least squares, and of these the truncated SVD in the metric.
     """
-    whole = best_horizontal(weight, vertical, start, moments)
-    gram, _ = normal_equations(weight, vertical, moments)
+    weight, moments = separated.weight, separated.moments
+    whole = features.best_horizontal(weight, start)
     identity = torch.eye(len(weight)).to(weight)
     root, inverse = moments.output_roots or (identity, identity)
     turned = root @ whole.flatten(1)
-    energy = turned @ gram @ turned.mT
+    energy = turned @ features.gram @ turned.mT
     vectors = leading_eigenvectors((energy + energy.mT) / 2)[1][:, :outputs]
     return (vectors.mT @ turned).reshape(outputs, *whole.shape[1:]), inverse @ vectors

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from rankfold.decompose.decomposition import Decomposition
-from rankfold.decompose.unfolding import split_point
+from rankfold.decompose.unfolding import halves
 from rankfold.errors import RankError
 
 
@@ -66,10 +66,10 @@ def from_factors(factors: list[torch.Tensor]) -> CP:
 
 def multiply_out(factors: list[torch.Tensor]) -> torch.Tensor:
     """The tensor that the factors stand for, as one matrix product."""
-    lengths = [factor.shape[0] for factor in factors]
-    middle = split_point(lengths)
-    product = khatri_rao(factors[:middle]) @ khatri_rao(factors[middle:]).mT
-    return product.reshape(lengths)
+    first, last = halves(tuple(factor.shape[0] for factor in factors))
+    rows, columns = (khatri_rao([factors[mode] for mode in group]) for group in (first, last))
+    product = (rows @ columns.mT).reshape([factors[mode].shape[0] for mode in first + last])
+    return product.movedim(tuple(range(len(factors))), first + last)
 
 
 def khatri_rao(factors: list[torch.Tensor]) -> torch.Tensor:
