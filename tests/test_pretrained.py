@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -328,3 +329,10 @@ def test_links_out_of_a_directory_are_not_copied(tmp_path) -> None:
     (snapshot / "tokenizer.json").symlink_to("../../blobs/abc")
     (snapshot / "vocab.txt").symlink_to(secret)
     assert [file.name for file in _tokenizer_files(snapshot)] == ["tokenizer.json"]
+
+
+def test_without_transformers_the_extra_is_named(tmp_path, monkeypatch) -> None:
+    gpt2().save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModelError, match=r"pip install 'rankfold\[hf\]'"):
+        load_pretrained(tmp_path)

@@ -172,7 +172,8 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ModelError(
-            "a directory with a model of transformers needs the package transformers"
+            "a directory with a model of transformers needs that package: "
+            "pip install 'rankfold[hf]'"
         ) from error
     return transformers
 

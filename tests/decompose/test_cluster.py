@@ -1,3 +1,5 @@
+import sys
+
 import dask.array as da
 import numpy as np
 import pytest
@@ -53,3 +55,9 @@ def test_what_makes_no_sense_is_refused() -> None:
         cluster_svd(blocks, 2, energy=0.5)
     with pytest.raises(TensorError, match="NaN"):
         cluster_svd(da.full((20, 3), np.nan, chunks=(5, 3)))
+
+
+def test_without_dask_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dask", None)
+    with pytest.raises(ImportError, match=r"pip install 'rankfold\[cluster\]'"):
+        cluster_svd(np.ones((5, 3)))

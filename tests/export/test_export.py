@@ -11,6 +11,7 @@ import rankfold
 from rankfold.errors import CheckpointError, DeviceError, ModelError, RankfoldError
 from rankfold.export import FORMATS, export
 from rankfold.export import export as export_function
+from rankfold.measure import memory_format_of, with_memory_format
 
 SUFFIX = {name: kind.suffix for name, kind in FORMATS.items()}
 INSTALLED = [
@@ -52,6 +53,14 @@ def test_the_file_is_run_and_compared(kind, small, tmp_path) -> None:
     assert {"onnx": "onnxruntime", "torch": "torch"}.get(kind, kind) in done.runtime
     assert "batch" in str(done) and "metric" in str(done)
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", INSTALLED)
+def test_a_channels_last_network_is_written_like_any(kind, small, tmp_path) -> None:
+    last = with_memory_format(small, "channels_last")
+    assert memory_format_of(last) == "channels_last"
+    assert export(last, tmp_path / f"small{SUFFIX[kind]}", make_data()[0]).output_error < 1e-5
+    assert memory_format_of(last) == "channels_last"
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch"])

@@ -51,8 +51,11 @@ def cluster_svd(
     impossible rank or shape, ValueError for NaN, infinity, or more than one of rank, energy and
     tolerance.
     """
-    import dask
-    import dask.array as da
+    try:
+        import dask
+        import dask.array as da
+    except ImportError as error:
+        raise ImportError("cluster_svd needs Dask: pip install 'rankfold[cluster]'") from error
 
     if sum(asked is not None for asked in (rank, energy, tolerance)) > 1:
         raise ValueError("give at most one of rank, energy and tolerance")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankfold.copies import copy_of
 from rankfold.errors import DeviceError
 from rankfold.runtime import Call, FileNetwork, OnnxNetwork, OpenVinoNetwork, write_onnx
 
@@ -65,13 +66,21 @@ def _write_program(network: nn.Module, call: Call, shapes: DynamicShapes, path: 
 
 
 def _write_executorch(network: nn.Module, call: Call, shapes: DynamicShapes, path: Path) -> None:
-    """By XNNPACK what it has, the rest by portable kernels."""
+    """By XNNPACK what it has, the rest by portable kernels.
+
+    XNNPACK lays weights out by itself, and takes none that are channels-last already.
+    """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    program = _program(network, call, shapes)
+    program = _program(_contiguous(network), call, shapes)
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     path.write_bytes(lowered.to_executorch().buffer)
+
+
+def _contiguous(network: nn.Module) -> nn.Module:
+    # torch declares this overload of `to` without its memory format.
+    return copy_of(network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 class ProgramNetwork(nn.Module):
