@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -411,3 +412,10 @@ def test_a_recipe_that_is_hostile_is_one_line(monkeypatch, capsys) -> None:
         Path("it.toml").write_text(text)
         assert run(monkeypatch, "compress", "--config", "it.toml") == 2
         assert "cannot be read" in capsys.readouterr().err
+
+
+def test_logs_are_wide_enough_for_the_names_of_layers(monkeypatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert console._width(io.StringIO()) == 120
+    monkeypatch.setenv("COLUMNS", "60")
+    assert console._width(io.StringIO()) is None

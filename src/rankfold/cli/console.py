@@ -1,12 +1,13 @@
 """What is for people goes to the terminal, progress drawn only where there is one."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -23,8 +24,16 @@ from rankfold.plan import Plan
 
 T = TypeVar("T")
 
-people = Console(stderr=True)  # progress and errors
-results = Console()  # quiet: nothing but errors, and what --json prints
+_LOG_WIDTH = 120  # where there is no terminal: room for the names of layers
+
+
+def _width(stream: TextIO) -> int | None:
+    """None: as wide as the terminal, or as the variable COLUMNS says."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else _LOG_WIDTH
+
+
+people = Console(stderr=True, width=_width(sys.stderr))  # progress and errors
+results = Console(width=_width(sys.stdout))  # quiet: nothing but errors, and what --json prints
 
 _EVERY = 30.0  # seconds between lines where there is no terminal
 
