@@ -336,3 +336,11 @@ def test_without_transformers_the_extra_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModelError, match=r"pip install 'rankfold\[hf\]'"):
         load_pretrained(tmp_path)
+
+
+def test_loading_draws_no_bar_and_leaves_the_setting(tmp_path, capsys) -> None:
+    gpt2().save_pretrained(tmp_path)
+    capsys.readouterr()
+    load_pretrained(tmp_path)
+    assert capsys.readouterr().err == ""
+    assert transformers.utils.logging.is_progress_bar_enabled()

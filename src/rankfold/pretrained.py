@@ -42,14 +42,15 @@ def load_pretrained(directory: Pathlike) -> nn.Module:
     """
     kind, _ = _kind_and_config(directory)
     try:
-        model, about = kind.from_pretrained(
-            str(directory),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype="auto",
-            output_loading_info=True,
-        )
+        with _no_bars():
+            model, about = kind.from_pretrained(
+                str(directory),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype="auto",
+                output_loading_info=True,
+            )
     except Exception as error:
         raise ModelError(f"{directory}: {type(error).__name__}: {_first_line(error)}") from error
     if missing := sorted(about["missing_keys"]):  # which would be random numbers
@@ -165,6 +166,19 @@ def _kind_and_config(directory: Pathlike) -> tuple[Any, Any]:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ModelError(f"{Path(directory) / CONFIG}: transformers has no model '{name:.80}'")
     return kind, config
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Within: transformers draws no progress, which in a log is control characters."""
+    logging = _transformers().utils.logging
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
 
 
 def _transformers() -> Any:
