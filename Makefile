@@ -68,7 +68,7 @@ sweep: .venv-bench/installed
 
 .venv-test/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-test
-	.venv-test/bin/python $(INSTALL) -e '.[test]'
+	.venv-test/bin/python $(INSTALL) -e '.[dev]'
 	touch $@
 
 # EasyOCR's own requirements (torchvision, OpenCV) are left out.

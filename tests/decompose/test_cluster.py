@@ -59,5 +59,5 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 def test_without_dask_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dask", None)
-    with pytest.raises(ImportError, match=r"pip install 'rankfold\[cluster\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'rankfold\[dask\]'"):
         cluster_svd(np.ones((5, 3)))

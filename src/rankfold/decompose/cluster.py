@@ -1,6 +1,6 @@
 """Singular value decomposition of a tall or wide matrix spread over a cluster, through Dask.
 
-Needs the extra `cluster`. A matrix on one machine, in memory or not, is `tall_skinny_svd`'s.
+Needs the extra `dask`. A matrix on one machine, in memory or not, is `tall_skinny_svd`'s.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def cluster_svd(
     `matrix` is (rows, columns), float32 or float64, chunked along its longer side alone (or is
     rechunked so). `rank`, `energy` and `tolerance` truncate as in `rankfold.decompose.svd`. The
     factors are Dask arrays that the workers hold; the singular values are here. Runs where the
-    current Dask scheduler runs. Raises ImportError without the extra `cluster`, RankError for an
+    current Dask scheduler runs. Raises ImportError without the extra `dask`, RankError for an
     impossible rank or shape, ValueError for NaN, infinity, or more than one of rank, energy and
     tolerance.
     """
@@ -55,7 +55,7 @@ def cluster_svd(
         import dask
         import dask.array as da
     except ImportError as error:
-        raise ImportError("cluster_svd needs Dask: pip install 'rankfold[cluster]'") from error
+        raise ImportError("cluster_svd needs Dask: pip install 'rankfold[dask]'") from error
 
     if sum(asked is not None for asked in (rank, energy, tolerance)) > 1:
         raise ValueError("give at most one of rank, energy and tolerance")
