@@ -8,6 +8,7 @@ Matrix Analysis and Applications 30 (2008); part III, with Nion: by alternating 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -45,6 +46,9 @@ from rankfold.methods.whitened import CHANNELS, WhitenedKernel
 
 # Sweeps of alternating least squares of a fit whose loss is an estimate, and of the one built.
 _DRAFT, _SWEEPS = 6, 50
+# From so many inputs for each of a block's, products of all pairs of blocks cost less than those of
+# their features; and how many numbers they may have at a time.
+_MANY, _MOST = 32, 2**22
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,32 @@ class _Blocks(ThreeFactors):
     def features(self) -> torch.Tensor:
         return torch.einsum("bqrp,ibr->bqip", self.cores, self.inputs).flatten(0, 1)
 
-    def projected(self, tensor: torch.Tensor) -> torch.Tensor:
-        half = torch.tensordot(self.outputs.flatten(1).mT, tensor, dims=1)
-        half = half.unflatten(0, self.outputs.shape[1:])
+    def onto_inputs(self, half: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bqip,bqrp->ibr", half, self.cores)
+
+    def onto_cores(self, half: torch.Tensor) -> torch.Tensor:
         return torch.einsum("bqip,ibr->bqrp", half, self.inputs)
+
+    def gram(self) -> torch.Tensor:
+        """Of many inputs from their inner products: blocks are narrow, features are not."""
+        if len(self.inputs) < _MANY * self.inputs.shape[2]:
+            return super().gram()
+        flat = self.inputs.flatten(1)
+        inputs = (flat.mT @ flat).unflatten(0, self.inputs.shape[1:])
+        gram = flat.new_zeros([self.outputs[0].numel()] * 2)
+        for cores in self._in_parts(self.cores):
+            count, made, given, places = cores.shape
+            turned = cores.permute(0, 1, 3, 2).flatten(1, 2) @ inputs
+            turned = turned.reshape(count * made, places, count, given)
+            turned = turned.permute(2, 0, 1, 3).flatten(2)
+            found = turned @ cores.permute(0, 3, 2, 1).flatten(1, 2)
+            gram += found.transpose(0, 1).flatten(1)
+        return gram
+
+    def _in_parts(self, cores: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Cores of so few places that all pairs of blocks fit in memory for each."""
+        pairs = self.outputs[0].numel() * self.inputs[0].numel()
+        return cores.split(max(1, _MOST // pairs), dim=3)
 
     def with_outputs(self, outputs: torch.Tensor) -> "_Blocks":
         """Orthonormal within each block."""

@@ -124,9 +124,10 @@ class _Ring(ThreeFactors):
     def features(self) -> torch.Tensor:
         return torch.einsum("qrp,isr->sqip", self.cores, self.inputs).flatten(0, 1)
 
-    def projected(self, tensor: torch.Tensor) -> torch.Tensor:
-        half = torch.tensordot(self.outputs.flatten(1).mT, tensor, dims=1)
-        half = half.unflatten(0, self.outputs.shape[1:])
+    def onto_inputs(self, half: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("sqip,qrp->isr", half, self.cores)
+
+    def onto_cores(self, half: torch.Tensor) -> torch.Tensor:
         return torch.einsum("sqip,isr->qrp", half, self.inputs)
 
     def with_outputs(self, outputs: torch.Tensor) -> "_Ring":

@@ -6,11 +6,12 @@ from typing import Self, TypeVar
 
 import torch
 
-from rankfold.methods.moments import WEIGHT_METRIC
-from rankfold.methods.refit import best_last_factor
+from rankfold.methods.refit import solve
 
 _IMPROVEMENT = 1e-3  # share of the squared error: less ends the sweeps
 _CORE_STEPS = 4
+# Share of the total below which an error that is a difference of larger numbers says little.
+_ROUNDING = 1e-7
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,33 @@ class ThreeFactors(ABC):
         """The kernel of all but the last factor: (number * width of outputs, in, places)."""
 
     @abstractmethod
-    def projected(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The inner products of a kernel with what each entry of the cores stands for."""
+    def onto_inputs(self, half: torch.Tensor) -> torch.Tensor:
+        """`half` contracted with the cores, in the shape of the inputs."""
+
+    @abstractmethod
+    def onto_cores(self, half: torch.Tensor) -> torch.Tensor:
+        """`half` contracted with the inputs: what each entry of the cores has in common with it."""
 
     @abstractmethod
     def with_outputs(self, outputs: torch.Tensor) -> Self:
         """With others, orthonormal as far as the cores can make up for it."""
 
+    def gram(self) -> torch.Tensor:
+        """The inner products of the features: (number * width of outputs) squared."""
+        flat = self.features().flatten(1)
+        return flat @ flat.mT
+
+    def normal(self, cores: torch.Tensor) -> torch.Tensor:
+        """What such cores, with these outputs and inputs, have in common with their entries."""
+        return self.onto_cores(self.half(replace(self, cores=cores).to_tensor()))
+
     def to_tensor(self) -> torch.Tensor:
         return torch.tensordot(self.outputs.flatten(1), self.features(), dims=1)
+
+    def half(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A kernel contracted with the outputs: (number of maps, width of outputs, in, places)."""
+        contracted = torch.tensordot(self.outputs.flatten(1).mT, tensor, dims=1)
+        return contracted.unflatten(0, self.outputs.shape[1:])
 
     def transposed(self) -> Self:
         return replace(
@@ -46,25 +65,35 @@ class ThreeFactors(ABC):
 
     def with_best_outputs(self, tensor: torch.Tensor) -> Self:
         """By least squares."""
-        solved = best_last_factor(tensor, self.features(), WEIGHT_METRIC)
-        return self.with_outputs(solved.reshape(self.outputs.shape))
+        other = self.transposed()
+        return other.with_best_inputs(other.half(tensor.transpose(0, 1))).transposed()
 
-    def with_better_cores(self, tensor: torch.Tensor) -> Self:
-        """A few steps of conjugate gradients for all cores together."""
-        cores = self.cores
-        rest = self.projected(tensor - self.to_tensor())
+    def with_best_inputs(self, half: torch.Tensor) -> Self:
+        """By least squares, for the `half` of a kernel."""
+        other = self.transposed()
+        gram = other.gram()
+        solved = solve((gram + gram.mT) / 2, self.onto_inputs(half).flatten(1))
+        return other.with_outputs(solved.reshape(self.inputs.shape)).transposed()
+
+    def with_better_cores(self, half: torch.Tensor) -> tuple[Self, float]:
+        """After a few steps of conjugate gradients for all cores together; what the error gained.
+
+        The gain is the squared norm of the kernel less the squared error.
+        """
+        cores, wanted = self.cores, self.onto_cores(half)
+        rest = wanted - self.normal(cores)
         direction, size = rest, rest.square().sum()
         for _ in range(_CORE_STEPS):
-            effect = replace(self, cores=direction).to_tensor()
-            curvature = effect.square().sum()
+            image = self.normal(direction)
+            curvature = (direction * image).sum()
             if not curvature > 0:
                 break
             along = size / curvature
             cores = cores + along * direction
-            rest = rest - along * self.projected(effect)
+            rest = rest - along * image
             size, previous = rest.square().sum(), size
             direction = rest + (size / previous) * direction
-        return replace(self, cores=cores)
+        return replace(self, cores=cores), (cores * (wanted + rest)).sum().item()
 
 
 Found = TypeVar("Found", bound=ThreeFactors)
@@ -78,9 +107,11 @@ def in_turn(tensor: torch.Tensor, factors: Found, sweeps: int) -> Found:
         if error <= 1e-20 * total:
             break
         found = factors.with_best_outputs(tensor)
-        found = found.transposed().with_best_outputs(tensor.transpose(0, 1)).transposed()
-        found = found.with_better_cores(tensor)
-        before, error = error, (tensor - found.to_tensor()).square().sum().item()
+        half = found.half(tensor)
+        found, gained = found.with_best_inputs(half).with_better_cores(half)
+        before, error = error, total - gained
+        if error < _ROUNDING * total:
+            error = (tensor - found.to_tensor()).square().sum().item()
         if not error < before:
             break
         factors = found
