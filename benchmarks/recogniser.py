@@ -3,15 +3,16 @@
 EasyOCR's `english_g2`, one word at a time, planned for a share of its measured time, in eager mode
 or in ONNX Runtime, and recovered from its own outputs on rendered words, without labels. In steps,
 each from what is kept of the one before: `plan` analyzes, plans by the clock and factorizes;
-`recover` trains, and goes on where it was if it was stopped; `judge` reads words in fonts held out
-and times dense and compressed networks in turn, on words of three widths, in both runtimes. Writes
-benchmarks/recogniser.json and a table of docs/recogniser.md.
+`recover` trains, and goes on where it was if it was stopped, `settle` takes what it had by then;
+`judge` reads words in fonts held out and times dense and compressed networks in turn, on words of
+three widths, in both runtimes. Writes benchmarks/recogniser.json and tables of docs/recogniser.md.
 """
 
 import json
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -23,6 +24,7 @@ import rankfold
 from rankfold.analysis import Analysis
 from rankfold.batches import run
 from rankfold.distances import Divergence
+from rankfold.journal import read_entry
 from rankfold.measure import in_fastest_memory_format, latencies
 from rankfold.runtime import Runtime, caller
 from rankfold.search import plan_to_latency
@@ -37,7 +39,7 @@ from scene_text import words_right
 DOCUMENT = HERE.parent / "docs" / "recogniser.md"
 KEPT = HERE / "cache" / "recogniser"
 METHODS = ("tucker2", "svd", "separable", "separable3", "full-rank", "fewer-units")
-STEPS = ("plan", "recover", "judge")
+STEPS = ("plan", "recover", "judge")  # `settle` in the place of the second
 CALIBRATED_ON = 1000  # words
 TESTED_ON = 1000
 WARM_UP, PROFILED = 5, 20  # runs
@@ -50,6 +52,14 @@ KINDS = {
     "batch norm and ReLU": ("aten::native_batch_norm", "aten::clamp_min_"),
 }
 OTHER = "all else"
+# In ONNX Runtime, by the operator.
+ONNX_KINDS = {
+    "convolutions": ("Conv", "FusedConv"),
+    "LSTMs": ("LSTM",),
+    "linear layers": ("Gemm", "MatMul", "FusedMatMul", "FusedGemm"),
+    "pooling": ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean"),
+    "other layouts of numbers": ("ReorderInput", "ReorderOutput", "Transpose", "Reshape"),
+}
 
 
 def calibration() -> list[torch.Tensor]:
@@ -126,6 +136,15 @@ def recover(
     }
 
 
+def settle(row: str) -> dict[str, Any]:
+    """What a recovery that was stopped had reached: its best weights are the recovered network."""
+    state = read_entry(KEPT / f"recovery-{row}.pt")
+    small = rankfold.load(KEPT / f"factorized-{row}", make_recogniser)
+    small.load_state_dict(state["best_weights"])
+    rankfold.save(small, KEPT / f"recovered-{row}", force=True)
+    return {"stopped": True, "scores": [epoch["score"] for epoch in state["history"]]}
+
+
 class Reported:
     """A line now and then."""
 
@@ -160,6 +179,10 @@ def judge(row: str) -> dict[str, Any]:
             "dense": where_time_goes(model, words["middle"]),
             "factorized": where_time_goes(small, words["middle"]),
         }
+        found["where, ONNX Runtime"] = {
+            "dense": where_onnx_time_goes(model, words["middle"]),
+            "factorized": where_onnx_time_goes(small, words["middle"]),
+        }
     return found
 
 
@@ -185,9 +208,37 @@ def where_time_goes(network: nn.Module, word: torch.Tensor) -> dict[str, float]:
     return found
 
 
+def where_onnx_time_goes(network: nn.Module, word: torch.Tensor) -> dict[str, float]:
+    """Milliseconds in ONNX Runtime by kind of operator, and what is left of the whole run."""
+    import onnxruntime
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "network.onnx")
+        rankfold.export(network, file, word, dynamic=None)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder, "profile"))
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        given = {session.get_inputs()[0].name: word.numpy()}
+        for _ in range(WARM_UP + PROFILED):
+            session.run(None, given)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    runs = [event for event in events if event["name"] == "model_run"][WARM_UP:]
+    nodes = [event for event in events if event["cat"] == "Node" and "op_name" in event["args"]]
+    found = dict.fromkeys((*ONNX_KINDS, OTHER), 0.0)
+    for event in nodes:
+        if event["ts"] >= runs[0]["ts"] and event["name"].endswith("_kernel_time"):
+            operator = event["args"]["op_name"]
+            kind = next((k for k, names in ONNX_KINDS.items() if operator in names), OTHER)
+            found[kind] += event["dur"] / 1e3 / PROFILED
+    whole = sum(event["dur"] for event in runs) / 1e3 / PROFILED
+    return found | {"between operators": whole - sum(found.values())}
+
+
 def main(
     latency: Annotated[list[float] | None, typer.Option(help="share of the dense time")] = None,
-    step: Annotated[list[str] | None, typer.Option(help="plan, recover or judge")] = None,
+    step: Annotated[list[str] | None, typer.Option(help="plan, recover, settle or judge")] = None,
     runtime: Annotated[Runtime, typer.Option(help="in which plans are timed")] = "eager",
     words: int = 20_000,
     varied: Annotated[bool, typer.Option(help="letters bolder, slanted, stretched")] = False,
@@ -208,6 +259,8 @@ def main(
                 row["plan"] = plan(share, runtime)
             elif name == "recover":
                 row["recovery"] = recover(title, words, varied, epochs, learning_rate, temperature)
+            elif name == "settle":
+                row["recovery"] = row.get("recovery", {}) | settle(title)
             else:
                 row["result"] = judge(title)
             print(title, name, json.dumps(row), flush=True)
@@ -232,7 +285,11 @@ def write_document(facts: dict[str, Any]) -> None:
     )
     on = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
     tables = [markdown_table(columns, [line(*one) for one in done.items()])]
-    tables.append(markdown_table(*times_by_kind(done)))
+    tables.append(markdown_table(*times_by_kind(done, "where", (*KINDS, OTHER))))
+    kinds = (*ONNX_KINDS, OTHER, "between operators")
+    known = {share: row for share, row in done.items() if "where, ONNX Runtime" in row["result"]}
+    if known:
+        tables.append(markdown_table(*times_by_kind(known, "where, ONNX Runtime", kinds)))
     between_markers(DOCUMENT, "recogniser", "\n".join([*tables, f"Measured on: {on}.\n"]))
 
 
@@ -241,18 +298,23 @@ def line(share: str, row: dict[str, Any]) -> tuple[str, ...]:
     speed = [f"{dense / ours:.1f}x ({ours:.1f} ms)" for dense, ours in result["times"].values()]
     words = [f"{result[s]:.1%}" if s in result else "" for s in ("factorized", "recovered")]
     kept = [f"{row['plan'][key]:.0%}" for key in ("macs", "parameters")]
-    minutes = f"{row['recovery']['seconds'] / 60:.0f}" if "recovery" in row else ""
+    recovery = row.get("recovery", {})
+    minutes = f"{recovery['seconds'] / 60:.0f}" if "seconds" in recovery else ""
+    if "stopped" in recovery:
+        minutes = f"stopped after {len(recovery['scores']) - 1} passes"
     return share, *kept, *speed, *words, minutes
 
 
-def times_by_kind(done: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def times_by_kind(
+    done: dict[str, Any], key: str, kinds: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Where the time goes: of the dense network, and of each that is factorized."""
-    networks = {"dense": next(iter(done.values()))["result"]["where"]["dense"]}
-    networks |= {share: row["result"]["where"]["factorized"] for share, row in done.items()}
-    header = ("milliseconds, middle word", *networks)
-    kinds = [(kind, *(f"{one[kind]:.2f}" for one in networks.values())) for kind in (*KINDS, OTHER)]
+    networks = {"dense": next(iter(done.values()))["result"][key]["dense"]}
+    networks |= {share: row["result"][key]["factorized"] for share, row in done.items()}
+    title = "milliseconds, middle word" + key.removeprefix("where")
+    lines = [(kind, *(f"{one[kind]:.2f}" for one in networks.values())) for kind in kinds]
     total = ("together", *(f"{sum(one.values()):.2f}" for one in networks.values()))
-    return header, [*kinds, total]
+    return (title, *networks), [*lines, total]
 
 
 if __name__ == "__main__":
