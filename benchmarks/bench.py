@@ -1,8 +1,9 @@
 """The suite: rankfold beside what users would pick instead, network by network.
 
 Every contender gets the same data, the same recovery and the same clock, in a process of its own.
-Rows are appended to bench.jsonl with date, commit, machine and versions; `docs/results.md` is made
-from it. `--quick` is one network, one share and one epoch of recovery, shown and not written.
+Rows are appended to bench.jsonl with date, commit, machine and versions; `docs/results.md` and a
+table of the README are made from it. `--quick` is one network, one share and one epoch of recovery,
+shown and not written.
 """
 
 import json
@@ -16,12 +17,13 @@ from typing import Annotated
 
 import typer
 from suite import cases, contenders
-from suite.results import read, table, write_document
+from suite.results import read, table, write_document, write_readme
 from suite.trial import Trial, tried
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "bench.jsonl"
 DOCUMENT = HERE.parent / "docs" / "results.md"
+README = HERE.parent / "README.md"
 QUICK = [Trial("demo", name, 0.33, epochs=1) for name in contenders.NAMES]
 
 
@@ -60,6 +62,7 @@ def main(
             with RESULTS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     write_document(read(RESULTS), DOCUMENT)
+    write_readme(read(RESULTS), README)
 
 
 def every_trial(names: Sequence[str], competing: Sequence[str]) -> list[Trial]:

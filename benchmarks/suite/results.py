@@ -34,6 +34,27 @@ def write_document(rows: Sequence[Row], document: Path) -> None:
     between_markers(document, "suite", "\n".join(part for part in parts if part))
 
 
+def write_readme(rows: Sequence[Row], readme: Path) -> None:
+    """The same in short: of each network that is measured time and score, and the picture."""
+    parts = []
+    for case in dict.fromkeys(row["case"] for row in rows if "dense" in row):
+        measured = [row for row in rows if row["case"] == case and "dense" in row]
+        network = measured[0].get("network", case)
+        header = (f"{network} (dense {_score(measured[0]['dense'])})", "time", "MACs", "score")
+        lines = [
+            (
+                row["title"],
+                f"{row['time kept']:.0%}",
+                f"{row['MACs kept']:.0%}",
+                _score(row["recovered"]),
+            )
+            for row in measured
+        ]
+        parts.append(markdown_table(header, lines))
+        parts.append(f"![{network}: score against time](docs/results-{case}.svg)\n")
+    between_markers(readme, "suite", "\n".join(parts))
+
+
 def _note(rows: Sequence[Row]) -> str:
     machine, first = rows[0]["machine"], rows[0]
     return (
