@@ -66,7 +66,7 @@ def test_it_gets_through_where_alternating_crawls(seed) -> None:
     target = Target(multiply_out(truth))
     factors = [tensor_of((15, 5), seed=seed + 50 + mode) for mode in range(3)]
     approached = alternate(target, factors, 10, 0)
-    found = gauss_newton(target, approached, 150, 0)
+    found = gauss_newton(target, approached, 150, 1e-12)  # no further once it is there
     crawling = alternate(target, factors, 300, 0)
     assert error(target, found) < 0.1 * error(target, crawling) or error(target, found) < 1e-8
 
