@@ -3,9 +3,9 @@
 EasyOCR's `english_g2`, one word at a time, planned for a share of its measured time, in eager mode
 or in ONNX Runtime, and recovered from its own outputs on rendered words, without labels. In steps,
 each from what is kept of the one before: `plan` analyzes, plans by the clock and factorizes;
-`recover` trains, and goes on where it was if it was stopped, `settle` takes what it had by then;
-`judge` reads words in fonts held out and times dense and compressed networks in turn, on words of
-three widths, in both runtimes. Writes benchmarks/recogniser.json and tables of docs/recogniser.md.
+`recover` trains, and goes on where it was if it was stopped; `judge` reads words in fonts held out
+and times dense and compressed networks in turn, on words of three widths, in both runtimes. Writes
+benchmarks/recogniser.json and tables of docs/recogniser.md.
 """
 
 import json
@@ -24,7 +24,6 @@ import rankfold
 from rankfold.analysis import Analysis
 from rankfold.batches import run
 from rankfold.distances import Divergence
-from rankfold.journal import read_entry
 from rankfold.measure import in_fastest_memory_format, latencies
 from rankfold.runtime import Runtime, caller
 from rankfold.search import plan_to_latency
@@ -39,7 +38,7 @@ from scene_text import words_right
 DOCUMENT = HERE.parent / "docs" / "recogniser.md"
 KEPT = HERE / "cache" / "recogniser"
 METHODS = ("tucker2", "svd", "separable", "separable3", "full-rank", "fewer-units")
-STEPS = ("plan", "recover", "judge")  # `settle` in the place of the second
+STEPS = ("plan", "recover", "judge")
 CALIBRATED_ON = 1000  # words
 TESTED_ON = 1000
 WARM_UP, PROFILED = 5, 20  # runs
@@ -136,15 +135,6 @@ def recover(
     }
 
 
-def settle(row: str) -> dict[str, Any]:
-    """What a recovery that was stopped had reached: its best weights are the recovered network."""
-    state = read_entry(KEPT / f"recovery-{row}.pt")
-    small = rankfold.load(KEPT / f"factorized-{row}", make_recogniser)
-    small.load_state_dict(state["best_weights"])
-    rankfold.save(small, KEPT / f"recovered-{row}", force=True)
-    return {"stopped": True, "scores": [epoch["score"] for epoch in state["history"]]}
-
-
 class Reported:
     """A line now and then."""
 
@@ -238,7 +228,7 @@ def where_onnx_time_goes(network: nn.Module, word: torch.Tensor) -> dict[str, fl
 
 def main(
     latency: Annotated[list[float] | None, typer.Option(help="share of the dense time")] = None,
-    step: Annotated[list[str] | None, typer.Option(help="plan, recover, settle or judge")] = None,
+    step: Annotated[list[str] | None, typer.Option(help="plan, recover or judge")] = None,
     runtime: Annotated[Runtime, typer.Option(help="in which plans are timed")] = "eager",
     words: int = 20_000,
     varied: Annotated[bool, typer.Option(help="letters bolder, slanted, stretched")] = False,
@@ -259,8 +249,6 @@ def main(
                 row["plan"] = plan(share, runtime)
             elif name == "recover":
                 row["recovery"] = recover(title, words, varied, epochs, learning_rate, temperature)
-            elif name == "settle":
-                row["recovery"] = row.get("recovery", {}) | settle(title)
             else:
                 row["result"] = judge(title)
             print(title, name, json.dumps(row), flush=True)
@@ -298,10 +286,7 @@ def line(share: str, row: dict[str, Any]) -> tuple[str, ...]:
     speed = [f"{dense / ours:.1f}x ({ours:.1f} ms)" for dense, ours in result["times"].values()]
     words = [f"{result[s]:.1%}" if s in result else "" for s in ("factorized", "recovered")]
     kept = [f"{row['plan'][key]:.0%}" for key in ("macs", "parameters")]
-    recovery = row.get("recovery", {})
-    minutes = f"{recovery['seconds'] / 60:.0f}" if "seconds" in recovery else ""
-    if "stopped" in recovery:
-        minutes = f"stopped after {len(recovery['scores']) - 1} passes"
+    minutes = f"{row['recovery']['seconds'] / 60:.0f}" if "recovery" in row else ""
     return share, *kept, *speed, *words, minutes
 
 

@@ -50,7 +50,7 @@ def write_readme(rows: Sequence[Row], readme: Path) -> None:
             )
             for row in measured
         ]
-        parts.append(markdown_table(header, lines))
+        parts.append(f"{_note(measured)}\n\n{markdown_table(header, lines)}")
         parts.append(f"![{network}: score against time](docs/results-{case}.svg)\n")
     between_markers(readme, "suite", "\n".join(parts))
 
