@@ -10,6 +10,7 @@ from torch import nn
 import rankfold
 from rankfold.errors import CalibrationError, ModelError, RankfoldError
 from rankfold.measure import (
+    _times,
     evaluate,
     in_fastest_memory_format,
     latencies,
@@ -111,3 +112,8 @@ def test_bad_data_is_named() -> None:
         rankfold.measure(make_model(), make_model(), [])
     with pytest.raises(ModelError, match="2x5x8x8"):
         rankfold.measure(make_model(), make_model(), [torch.randn(2, 5, 8, 8)])
+
+
+def test_what_grew_is_said_to_be_more() -> None:
+    assert _times(3.0, 2.0) == "1.50x less" and _times(2.0, 2.0) == "1.00x less"
+    assert _times(2.0, 3.0) == "1.50x more" and _times(2.0, 0.0) == _times(0.0, 2.0) == "-"

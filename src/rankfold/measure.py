@@ -89,12 +89,18 @@ class Comparison(Shown):
             ("peak_memory_bytes", "MB", 1e6),
         ):
             first, second = getattr(before, label) / scale, getattr(after, label) / scale
-            ratio = f"{first / second:.2f}x less" if second else "-"
-            table.add_row(_ROWS[label], f"{first:.4g} {unit}", f"{second:.4g} {unit}", ratio)
+            both = f"{first:.4g} {unit}", f"{second:.4g} {unit}"
+            table.add_row(_ROWS[label], *both, _times(first, second))
         if before.metric is not None and after.metric is not None:
             change = f"{after.metric - before.metric:+.4f}"
             table.add_row("metric", f"{before.metric:.4f}", f"{after.metric:.4f}", change)
         return table
+
+
+def _times(before: float, after: float) -> str:
+    if not before or not after:
+        return "-"
+    return f"{before / after:.2f}x less" if before >= after else f"{after / before:.2f}x more"
 
 
 _ROWS = {
