@@ -228,3 +228,33 @@ def test_a_budget_that_implies_the_other_decides_alone() -> None:
     alone = total(losses, choose(losses, costs, [limit]))
     for limits in ([128 * limit, 1.1 * limit], [140 * limit, limit]):
         assert total(losses, choose(losses, both, limits)) == pytest.approx(alone, rel=1e-8)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("solve", [choose, choose_by_solver, choose_least_greatest])
+def test_one_budget_of_nothing_beside_another(solve) -> None:
+    losses = [np.array([0.0, 0.25, 1.0]), np.array([0.0, 0.5])]
+    costs = [np.array([[5.0, 1.0], [5.0, 0.0], [1.0, 0.0]]), np.array([[5.0, 0.0], [1.0, 0.0]])]
+    assert solve(losses, costs, [10.0, 0.0]) == [1, 0]
+    assert solve(losses, costs, [6.0, 0.0]) == [1, 1]
+    with pytest.raises(BudgetError):
+        solve(losses, costs, [1.0, 0.0])
+
+
+def test_the_cheapest_is_so_relative_to_each_limit() -> None:
+    """A thousandth of a MAC budget is less than a tenth of a byte budget, in whatever units."""
+    losses = [np.array([1.0, 1.0, 0.0])]
+    costs = [np.array([[1000.0, 1.0], [2000.0, 0.1], [9e9, 1.0]])]
+    assert choose_least_greatest(losses, costs, [1e6, 10.0]) == [1]
+    assert choose_least_greatest(losses, [1e3 * costs[0]], [1e9, 1e4]) == [1]
+    assert choose_least_greatest(losses, costs, [1e4, 1e4]) == [0]
+
+
+@pytest.mark.parametrize("limits", [[1.0], [1.0, 1.0]])
+def test_the_solver_says_when_nothing_meets_the_limits(limits) -> None:
+    with pytest.raises(BudgetError, match="no choice of candidates"):
+        choose_by_solver([np.zeros(2)], [np.full((2, len(limits)), 2.0)], limits)
+
+
+def test_the_solver_chooses_among_candidates_that_lose_nothing() -> None:
+    assert choose_by_solver([np.zeros(2)], [np.array([[2.0], [1.0]])], [1.0]) == [1]
