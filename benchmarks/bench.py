@@ -66,11 +66,12 @@ def main(
 
 
 def every_trial(names: Sequence[str], competing: Sequence[str]) -> list[Trial]:
+    asked = {name: getattr(contenders.find(name), "shares", None) for name in competing}
     return [
         Trial(name, contender, share)
         for name in names
         for contender in competing
-        for share in cases.make(name).shares
+        for share in (asked[contender] or cases.make(name).shares)
     ]
 
 

@@ -24,7 +24,7 @@ from torch import nn
 import rankfold
 from rankfold.analysis import Analysis
 from rankfold.batches import run
-from rankfold.distances import Divergence
+from rankfold.distances import Distance, Divergence, Transcription
 from rankfold.measure import in_fastest_memory_format, latencies
 from rankfold.runtime import Runtime, caller
 from rankfold.search import plan_to_latency
@@ -113,7 +113,7 @@ def recover(
     varied: bool,
     epochs: int,
     learning_rate: float,
-    temperature: float,
+    distance: Distance,
 ) -> dict[str, Any]:
     """After so many earlier recoveries, each on words of its own."""
     start = KEPT / (f"recovered-{row}" if earlier else f"factorized-{row}")
@@ -126,7 +126,7 @@ def recover(
         small,
         data,
         teacher=teacher,
-        distance=Divergence(temperature),
+        distance=distance,
         epochs=epochs,
         learning_rate=learning_rate,
         patience=epochs,
@@ -139,7 +139,7 @@ def recover(
         "varied": varied,
         "epochs": epochs,
         "learning_rate": learning_rate,
-        "temperature": temperature,
+        "distance": repr(distance),
         "seconds": done.seconds,
         "scores": [epoch.score for epoch in done.epochs],
     }
@@ -245,6 +245,7 @@ def main(
     epochs: int = 10,
     learning_rate: float = 1e-3,
     temperature: float = 1.0,
+    transcription: Annotated[bool, typer.Option(help="learn what the dense one reads")] = False,
     threads: int = 2,
     out: Path = HERE / "recogniser.json",
 ) -> None:
@@ -259,7 +260,8 @@ def main(
                 row["plan"] = plan(share, runtime)
             elif name in ("recover", "further"):
                 before = row.get("recoveries", []) if name == "further" else []
-                given = (words, varied, epochs, learning_rate, temperature)
+                distance = (Transcription if transcription else Divergence)(temperature=temperature)
+                given = (words, varied, epochs, learning_rate, distance)
                 row["recoveries"] = [*before, recover(title, len(before), *given)]
             else:
                 row["result"] = judge(title)

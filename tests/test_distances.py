@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankfold.distances import Cosine, Divergence, SquaredError
+from rankfold.distances import Cosine, Divergence, SquaredError, Transcription
 from rankfold.errors import ModelError, RankfoldError
 
 DISTANCES = [SquaredError(), Divergence(), Divergence(4.0), Cosine()]
@@ -81,3 +81,50 @@ def test_a_cosine_sees_angles_alone() -> None:
 def test_a_temperature_that_makes_no_sense_is_refused(temperature) -> None:
     with pytest.raises(RankfoldError, match="temperature"):
         Divergence(temperature)
+
+
+def sequence(symbols: list[int], classes: int, logit: float = 10.0) -> torch.Tensor:
+    """Logits (1, frames, classes) that say these symbols, frame by frame."""
+    return logit * torch.nn.functional.one_hot(torch.tensor([symbols]), classes).double()
+
+
+def test_a_transcription_is_right_however_it_is_aligned() -> None:
+    """The loss of what is read alone: `weight` apart, the divergence of frames is subtracted."""
+
+    def excess(output: torch.Tensor, target: torch.Tensor, blank: int = 0) -> float:
+        distance = Transcription(blank, weight=1.0)
+        return (distance(output, target) - Divergence()(output, target)).item()
+
+    target = sequence([1, 1, 0, 1, 2, 2, 0], 4)  # reads 1 1 2
+    for path in ([1, 0, 1, 2, 2, 2, 2], [0, 1, 0, 1, 0, 0, 2]):
+        assert excess(sequence(path, 4), target) == pytest.approx(0, abs=1e-2)
+    for path in ([1, 1, 1, 1, 2, 2, 0], [1, 0, 1, 3, 3, 0, 0], [0] * 7):
+        assert excess(sequence(path, 4), target) > 1
+    assert excess(sequence([3, 0, 3, 1, 2, 2, 2], 4), target, blank=3) > 1  # reads 0 1 2 there
+
+
+def test_a_transcription_is_the_loss_of_the_best_path_summed_over_alignments() -> None:
+    """By hand: of three frames and one symbol, all paths that read it."""
+    output, target = random((1, 3, 2), 0), sequence([0, 1, 0], 2)
+    p = output.softmax(-1)[0]
+    paths = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 1, 1)]
+    likelihood = sum(p[0, a] * p[1, b] * p[2, c] for a, b, c in paths)
+    found = Transcription(weight=2.0)(output, target) - Divergence()(output, target)
+    assert found.item() == pytest.approx(-2 * likelihood.log().item(), rel=1e-5)
+
+
+def test_a_transcription_of_nothing_has_gradients() -> None:
+    output = random((2, 4, 3), 0).requires_grad_()
+    Transcription()(output, sequence([0, 0, 0, 0], 3).expand(2, -1, -1)).backward()
+    assert torch.isfinite(output.grad).all() and output.grad.any()
+
+
+def test_what_is_no_sequence_with_a_blank_is_refused() -> None:
+    for shape, blank in (((2, 5), 0), ((2, 5, 3, 4), 0), ((2, 4, 3), 3)):
+        with pytest.raises(ModelError, match="no sequence"):
+            Transcription(blank)(torch.zeros(shape), torch.zeros(shape))
+    for wrong in ({"blank": -1}, {"weight": -0.1}, {"weight": math.nan}, {"temperature": 0.0}):
+        with pytest.raises(RankfoldError):
+            Transcription(**wrong)
+    with pytest.raises(ModelError, match="same shapes"):
+        Transcription()(torch.zeros(2, 4, 3), torch.zeros(2, 5, 3))

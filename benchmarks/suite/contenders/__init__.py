@@ -1,7 +1,9 @@
 """What competes, by name: modules with `PACKAGES`, `why_not(model)` and `compress(case, share)`.
 
 `compress` gives a network of about a share of the MACs, before recovery, and its module is all that
-a user would have to write: its lines are counted.
+a user would have to write: its lines are counted. A module may say `SHARES`, where it cannot be
+asked for those of the case; `TRAINED = False` of what cannot be recovered; and `baseline(model,
+case)`, the dense network in the runtime that the compressed one is for, beside which it is timed.
 """
 
 import ast
@@ -23,6 +25,7 @@ NAMES = (
     "cp_tutorial",
     "tensorly_torch",
     "torch_pruning",
+    "onnx_int8",
 )
 
 
@@ -31,6 +34,9 @@ class Contender:
     name: str
     compress: Callable[[Case, float], nn.Module]
     why_not: Callable[[nn.Module], str | None]  # of a network that it cannot take
+    baseline: Callable[[nn.Module, Case], nn.Module]
+    shares: tuple[float, ...] | None  # those it can be asked for
+    trained: bool  # whether it can be recovered
     lines: int
     packages: dict[str, str]  # their versions
 
@@ -42,13 +48,22 @@ def find(name: str) -> Contender | str:
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
     versions = {one: version(module.DISTRIBUTIONS.get(one, one)) for one in module.PACKAGES}
-    return Contender(module.NAME, module.compress, module.why_not, _lines_of(module), versions)
+    return Contender(
+        module.NAME,
+        module.compress,
+        module.why_not,
+        getattr(module, "baseline", lambda model, case: model),
+        getattr(module, "SHARES", None),
+        getattr(module, "TRAINED", True),
+        _lines_of(module),
+        versions,
+    )
 
 
 def _lines_of(module: ModuleType) -> int:
     """Of code, without what only the suite asks for."""
     tree = ast.parse(inspect.getsource(module))
-    ours = ("NAME", "PACKAGES", "DISTRIBUTIONS", "why_not")
+    ours = ("NAME", "PACKAGES", "DISTRIBUTIONS", "SHARES", "why_not", "baseline")
     return sum(
         (node.end_lineno or node.lineno) - node.lineno + 1
         for node in tree.body[1:]

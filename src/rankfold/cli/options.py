@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rankfold.distances import Cosine, Distance, Divergence, SquaredError
+from rankfold.distances import Cosine, Distance, Divergence, SquaredError, Transcription
 from rankfold.runtime import Runtime
 
 
@@ -15,12 +15,14 @@ class DistanceName(StrEnum):
 
     squared = "squared"
     divergence = "divergence"
+    transcription = "transcription"
     cosine = "cosine"
 
 
 DISTANCES: dict[DistanceName, Distance] = {
     DistanceName.squared: SquaredError(),
     DistanceName.divergence: Divergence(),
+    DistanceName.transcription: Transcription(),
     DistanceName.cosine: Cosine(),
 }
 

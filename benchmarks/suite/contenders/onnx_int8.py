@@ -1,0 +1,61 @@
+"""int8 by ONNX Runtime's quantizer, activations calibrated; timed beside float32 there."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch.utils import _pytree
+
+import rankfold
+from rankfold.batches import run
+from rankfold.runtime import OnnxNetwork, call_of
+
+NAME, PACKAGES, DISTRIBUTIONS = "int8 in ONNX Runtime", ("onnxruntime",), {}
+SHARES, TRAINED = (1.0,), False
+CALIBRATED_ON = 32  # batches
+
+
+def why_not(model):
+    return None
+
+
+def baseline(model, case):
+    return written(model, case)[1]
+
+
+def written(model, case):
+    path = Path(tempfile.mkdtemp(), "float32.onnx")
+    rankfold.export(model, path, case.data[0], dynamic="all")
+    return path, OnnxNetwork(path, call_of(model, case.data[0], run).structure)
+
+
+class Batches(CalibrationDataReader):
+    def __init__(self, model, names, batches):
+        self.model, self.names, self.left = model, names, iter(batches)
+
+    def get_next(self):
+        if (batch := next(self.left, None)) is None:
+            return None
+        call = call_of(self.model, batch, run)
+        leaves = _pytree.tree_leaves((call.args, call.kwargs))
+        arrays = [leaf.numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return dict(zip(self.names, arrays, strict=True))
+
+
+def compress(case, share):
+    model = case.make_model().eval()
+    path, network = written(model, case)
+    ready, small = path.with_name("ready.onnx"), path.with_name("int8.onnx")
+    quant_pre_process(path, ready, skip_symbolic_shape=True)
+    quantize_static(
+        ready,
+        small,
+        Batches(model, network.names, case.data[:CALIBRATED_ON]),
+        per_channel=True,
+        reduce_range=True,  # processors without VNNI add pairs of products in 16 bits
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return OnnxNetwork(small, network.structure)
