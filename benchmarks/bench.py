@@ -9,7 +9,7 @@ shown and not written.
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,7 +54,11 @@ def main(
         for row in read(RESULTS)
         if row["commit"] == commit and not again
     }
-    for one in every_trial(case or cases.NAMES, contender or contenders.NAMES):
+    competing = {name: contenders.find(name) for name in contender or contenders.NAMES}
+    for name, one in competing.items():
+        if isinstance(one, str):
+            print(f"{name} is left out: {one}")
+    for one in every_trial(case or cases.NAMES, competing):
         if (one.case, one.contender, one.share) not in done:
             row = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit}
             row |= in_process_of_its_own(one, threads, minutes)
@@ -65,13 +69,16 @@ def main(
     write_readme(read(RESULTS), README)
 
 
-def every_trial(names: Sequence[str], competing: Sequence[str]) -> list[Trial]:
-    asked = {name: getattr(contenders.find(name), "shares", None) for name in competing}
+def every_trial(
+    names: Sequence[str], competing: Mapping[str, contenders.Contender | str]
+) -> list[Trial]:
+    """Of those that are installed."""
     return [
         Trial(name, contender, share)
         for name in names
-        for contender in competing
-        for share in (asked[contender] or cases.make(name).shares)
+        for contender, one in competing.items()
+        if not isinstance(one, str)
+        for share in (one.shares or cases.make(name).shares)
     ]
 
 

@@ -1,12 +1,10 @@
 """Classifiers, detectors and segmenters of torchvision and timm, where they are installed."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
+from torchvision_operators import make_importable
 
 from architectures.architecture import Architecture, images
 
@@ -38,37 +36,18 @@ TIMM = (
 )
 
 
-# Torchvision wants them to be there, but its compiled part goes with one build of torch alone.
-OPERATORS = {
-    "torchvision::nms": "(Tensor boxes, Tensor scores, float threshold) -> Tensor",
-    "torchvision::qnms": "(Tensor boxes, Tensor scores, float threshold) -> Tensor",
-}
-
-
-def _imported(package: str) -> ModuleType:
-    """The package, also where torchvision's own operators, of detectors, cannot be loaded."""
-    try:
-        return import_module(package)
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-    for name, schema in OPERATORS.items():
-        torch.library.define(name, schema)
-    for name in [name for name in sys.modules if name.partition(".")[0] in {"torchvision", "timm"}]:
-        del sys.modules[name]
-    return import_module(package)
-
-
 def _of_torchvision(name: str) -> Any:
     def build() -> nn.Module:
-        return _imported("torchvision").models.get_model(name, weights=None)
+        make_importable()
+        return import_module("torchvision").models.get_model(name, weights=None)
 
     return build
 
 
 def _of_timm(name: str) -> Any:
     def build() -> nn.Module:
-        return _imported("timm").create_model(name, pretrained=False)
+        make_importable()
+        return import_module("timm").create_model(name, pretrained=False)
 
     return build
 

@@ -25,6 +25,7 @@ NAMES = (
     "cp_tutorial",
     "tensorly_torch",
     "torch_pruning",
+    "aimet",
     "onnx_int8",
 )
 
