@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from race import between_markers, machine, markdown_table, save
+from race import between_markers, grouped, machine, markdown_table, save
 from torch import nn
 
 import rankfold
@@ -142,6 +142,7 @@ def recover(
         "distance": repr(distance),
         "seconds": done.seconds,
         "scores": [epoch.score for epoch in done.epochs],
+        "words right": words_right(small.eval(), tested()),
     }
 
 
@@ -156,9 +157,13 @@ class Reported:
         return work
 
 
+def tested() -> list[tuple[torch.Tensor, list[str]]]:
+    """Words in fonts that neither calibration nor recovery sees."""
+    return word_batches(TESTED_ON, split_fonts()[1], seed=1)
+
+
 def judge(row: str) -> dict[str, Any]:
-    _, held_out = split_fonts()
-    test = word_batches(TESTED_ON, held_out, seed=1)
+    test = tested()
     model, networks = make_recogniser(), {}
     for stage in ("factorized", "recovered"):
         if (KEPT / f"{stage}-{row}").exists():
@@ -287,6 +292,7 @@ def write_document(facts: dict[str, Any]) -> None:
     )
     on = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
     tables = [markdown_table(columns, [line(*one) for one in done.items()])]
+    tables.append(markdown_table(*recoveries(rows)))
     tables.append(markdown_table(*times_by_kind(done, "where", (*KINDS, OTHER))))
     kinds = (*ONNX_KINDS, OTHER, "between operators")
     known = {share: row for share, row in done.items() if "where, ONNX Runtime" in row["result"]}
@@ -303,6 +309,25 @@ def line(share: str, row: dict[str, Any]) -> tuple[str, ...]:
     seconds = sum(recovery["seconds"] for recovery in row.get("recoveries", []))
     minutes = f"{seconds / 60:.0f}" if seconds else ""
     return share, *kept, *speed, *words, minutes
+
+
+def recoveries(rows: list[tuple[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """One after the other, each from where the one before ended."""
+    header = ("recovery", "words", "passes", "distance", "minutes", "loss held out", "words right")
+    lines = [
+        (
+            f"{share}, {number}" if len(row["recoveries"]) > 1 else share,
+            grouped(one["words"]),
+            str(one["epochs"]),
+            f"`{one['distance']}`",
+            f"{one['seconds'] / 60:.0f}",
+            f"{-one['scores'][0]:.3f} to {-max(one['scores']):.3f}",
+            f"{one['words right']:.1%}",
+        )
+        for share, row in rows
+        for number, one in enumerate(row.get("recoveries", ()), 1)
+    ]
+    return header, lines
 
 
 def times_by_kind(
