@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import Any
 
 from torch import nn
-from torchvision_operators import make_importable
 
 from architectures.architecture import Architecture, images
+from architectures.torchvision_operators import make_importable
 
 TORCHVISION = (
     "alexnet",

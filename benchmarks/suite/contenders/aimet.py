@@ -5,8 +5,8 @@ import tempfile
 from decimal import Decimal
 
 import torch
+from architectures.torchvision_operators import make_importable
 from torch import nn
-from torchvision_operators import make_importable
 
 make_importable()  # AIMET imports it
 from aimet_torch.common.defs import CompressionScheme, CostMetric, GreedySelectionParameters
