@@ -242,7 +242,7 @@ def test_one_budget_of_nothing_beside_another(solve) -> None:
 
 
 def test_the_cheapest_is_so_relative_to_each_limit() -> None:
-    """A thousandth of a MAC budget is less than a tenth of a byte budget, in whatever units."""
+    """What counts is the share of each limit, in whatever units."""
     losses = [np.array([1.0, 1.0, 0.0])]
     costs = [np.array([[1000.0, 1.0], [2000.0, 0.1], [9e9, 1.0]])]
     assert choose_least_greatest(losses, costs, [1e6, 10.0]) == [1]

@@ -98,11 +98,12 @@ class Transcription:
         best = theirs.argmax(-1)
         read = best != self.blank
         read[:, 1:] &= best[:, 1:] != best[:, :-1]
+        symbols = read.sum(1)
         return nn.functional.ctc_loss(
             ours.float().log_softmax(-1).transpose(0, 1),
             best[read],
-            torch.full((len(ours),), ours.shape[1]),
-            read.sum(1),
+            torch.full_like(symbols, ours.shape[1]),  # frames, on the same device
+            symbols,
             blank=self.blank,
         )
 

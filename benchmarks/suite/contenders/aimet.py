@@ -13,8 +13,8 @@ from aimet_torch.common.defs import CompressionScheme, CostMetric, GreedySelecti
 from aimet_torch.compress import ModelCompressor
 from aimet_torch.defs import SpatialSvdParameters
 
-NAME, PACKAGES, DISTRIBUTIONS = "AIMET, spatial SVD", ("aimet_torch",), {}
-DISTRIBUTIONS |= {"aimet_torch": "aimet-torch"}
+NAME, PACKAGES = "AIMET, spatial SVD", ("aimet_torch",)
+DISTRIBUTIONS = {"aimet_torch": "aimet-torch"}
 JUDGED_ON = 8  # batches
 
 
