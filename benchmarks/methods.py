@@ -268,34 +268,39 @@ def main(
     out: Path = HERE / "methods.json",
 ) -> None:
     torch.set_num_threads(threads)
-    facts = json.loads(out.read_text()) if out.exists() else {"networks": {}}
-    facts["machine"] = machine()
+    facts = json.loads(out.read_text()) if out.exists() else {"networks": {}, "machines": {}}
     names = methods or [name for name in METHODS if name != "fewer-units"]
     for network in only or ([] if whole else NETWORKS):
         torch.manual_seed(0)
         model, data = NETWORKS[network]()
         known = facts["networks"].get(network, [])
         facts["networks"][network] = [row for row in known if row["method"] not in names]
+        facts["machines"][network] = machine()
         for row in compare(model, data, most, names, patience):
             facts["networks"][network].append(row)
             save(out, facts)
     if whole:
         facts["whole"] = list(fit_all(*NETWORKS[WHOLE](), names))
+        facts["machines"]["whole"] = machine()
         save(out, facts)
     write_document(facts)
 
 
 def write_document(facts: dict[str, Any]) -> None:
-    on = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
     for network, rows in facts["networks"].items():
         picture = f"methods-{network}.svg"
         draw(rows, DOCUMENT.parent / picture)
-        text = f"{table(rows)}\n![Error against time]({picture})\n\nMeasured on: {on}.\n"
+        text = f"{table(rows)}\n![Error against time]({picture})\n\n{measured_on(facts, network)}"
         between_markers(DOCUMENT, network, text)
     if "whole" in facts:
         rows = [(r["method"], str(r["layers"]), f"{r['seconds']:.1f}") for r in facts["whole"]]
         whole = markdown_table(("method", "convolutions", "seconds"), rows)
-        between_markers(DOCUMENT, "whole", f"{whole}\nMeasured on: {on}.\n")
+        between_markers(DOCUMENT, "whole", f"{whole}\n{measured_on(facts, 'whole')}")
+
+
+def measured_on(facts: dict[str, Any], which: str) -> str:
+    machine = facts["machines"][which].items()
+    return f"Measured on: {', '.join(f'{name} {value}' for name, value in machine)}.\n"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tensors import tensor_of
 
-from rankfold.methods import block_term
+from rankfold.decompose import tucker
+from rankfold.methods import block_term, three_factors
 from rankfold.methods.block_term import _Blocks
 from rankfold.methods.tensor_ring import _Ring
 from rankfold.methods.three_factors import ThreeFactors, in_turn
@@ -92,3 +93,32 @@ def test_turns_never_raise_the_error_and_keep_what_is_exact(factors: ThreeFactor
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.01 * total < errors[0]  # a local optimum
     assert (exact - in_turn(exact, factors, 5).to_tensor()).square().sum().item() < 1e-20 * total
+
+
+@pytest.mark.parametrize("kind", ["blocks", "ring"])
+def test_turns_without_what_is_small_beside_the_error_end_as_well(kind, monkeypatch) -> None:
+    """Of a kernel whose channels are nearly of low rank, and larger than the error."""
+    tensor = torch.einsum(
+        "abp,oa,ib->oip",
+        tensor_of((8, 8, PLACES)),
+        torch.linalg.qr(tensor_of((20, 8))).Q,
+        torch.linalg.qr(tensor_of((24, 8), seed=1)).Q,
+    )
+    noise = tensor_of(tensor.shape, seed=2)
+    tensor = tensor + 0.03 * tensor.norm() / noise.norm() * noise
+    cores = tensor_of((2, 3, 3, PLACES) if kind == "blocks" else (3, 3, PLACES), seed=5)
+    start = {"blocks": _Blocks, "ring": _Ring}[kind](
+        tensor_of((20, 2, 3), seed=3), tensor_of((24, 2, 3), seed=4), cores
+    )
+
+    def error(found: ThreeFactors) -> float:
+        return (tensor - found.to_tensor()).square().sum().item()
+
+    seen = []
+    monkeypatch.setattr(three_factors, "tucker", lambda *a, **k: seen.append(1) or tucker(*a, **k))
+    through = error(in_turn(tensor, start, 60))
+    assert seen
+    monkeypatch.setattr(three_factors, "_SMALL", 0.0)
+    whole = error(in_turn(tensor, start, 60))
+    assert through < error(in_turn(tensor, start, 6))
+    assert through < 1.05 * whole

@@ -2,14 +2,18 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 
+from rankfold.decompose import tucker
 from rankfold.methods.refit import solve
 
 _IMPROVEMENT = 1e-3  # share of the squared error: less ends the sweeps
 _CORE_STEPS = 4
+# Sweeps on the whole kernel before, and after, those on what of it is not small beside the error:
+# whose square is more than this share.
+_FIRST, _LAST, _SMALL = 6, 3, 0.05
 # Share of the total below which an error that is a difference of larger numbers says little.
 _ROUNDING = 1e-7
 
@@ -63,6 +67,14 @@ class ThreeFactors(ABC):
             cores=self.cores.transpose(-3, -2),
         )
 
+    def turned(self, outputs: torch.Tensor, inputs: torch.Tensor) -> Self:
+        """Of the kernel whose channels are multiplied by matrices (new, old)."""
+        return replace(
+            self,
+            outputs=torch.tensordot(outputs, self.outputs, dims=1),
+            inputs=torch.tensordot(inputs, self.inputs, dims=1),
+        )
+
     def with_best_outputs(self, tensor: torch.Tensor) -> Self:
         """By least squares."""
         other = self.transposed()
@@ -100,21 +112,47 @@ Found = TypeVar("Found", bound=ThreeFactors)
 
 
 def in_turn(tensor: torch.Tensor, factors: Found, sweeps: int) -> Found:
-    """Solve for the outputs, for the inputs, and improve the cores, while that lowers the error."""
+    """Solve for the outputs, for the inputs, and improve the cores, while that lowers the error.
+
+    After a few sweeps on the kernel (out, in, places) what of its channels is small beside the
+    error is left out, where that is much, and seen again by the last ones.
+    """
+    known = _swept(tensor, factors, min(sweeps, _FIRST))
+    if known.ended or sweeps <= _FIRST:
+        return known.factors
+    allowed = (_SMALL * known.error / tensor.square().sum().item()) ** 0.5
+    small = tucker(tensor, modes=(0, 1), tolerance=allowed, sweeps=0)
+    if 2 * small.core.numel() > tensor.numel():
+        return _swept(tensor, known.factors, sweeps - _FIRST).factors
+    outputs, inputs = small.factors
+    found = known.factors.turned(outputs.mT, inputs.mT)
+    found = _swept(small.core, found, sweeps - _FIRST - _LAST).factors
+    finished = _swept(tensor, found.turned(outputs, inputs), _LAST)
+    return finished.factors if finished.error < known.error else known.factors
+
+
+@dataclass(frozen=True)
+class _Swept(Generic[Found]):
+    factors: Found
+    error: float  # squared
+    ended: bool  # for no more is to be gained
+
+
+def _swept(tensor: torch.Tensor, factors: Found, sweeps: int) -> _Swept[Found]:
     total = tensor.square().sum().item()
     error = (tensor - factors.to_tensor()).square().sum().item()
     for _ in range(sweeps):
         if error <= 1e-20 * total:
-            break
+            return _Swept(factors, error, ended=True)
         found = factors.with_best_outputs(tensor)
         half = found.half(tensor)
         found, gained = found.with_best_inputs(half).with_better_cores(half)
-        before, error = error, total - gained
-        if error < _ROUNDING * total:
-            error = (tensor - found.to_tensor()).square().sum().item()
-        if not error < before:
-            break
-        factors = found
+        before, reached = error, total - gained
+        if reached < _ROUNDING * total:
+            reached = (tensor - found.to_tensor()).square().sum().item()
+        if not reached < before:
+            return _Swept(factors, error, ended=True)
+        factors, error = found, reached
         if before - error < _IMPROVEMENT * before:
-            break
-    return factors
+            return _Swept(factors, error, ended=True)
+    return _Swept(factors, error, ended=False)

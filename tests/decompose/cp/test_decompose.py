@@ -35,6 +35,16 @@ def test_terms_are_recovered(algorithm, start, rank, seed) -> None:
     assert recovered(found, truth) > 1 - 1e-6
 
 
+@pytest.mark.parametrize("algorithm", ["als", "nls"])
+def test_terms_of_equal_norms_do_not_end_as_one(algorithm) -> None:
+    """Their singular vectors are their sum and their difference, a saddle of the error."""
+    first, second = torch.eye(7, dtype=torch.float64)[:, :2].unbind(1)
+    columns = torch.stack([first, (0.3 * first + second) / 1.09**0.5], dim=1)
+    tensor = multiply_out([columns] * 3)
+    found = cp(tensor, 2, algorithm=algorithm, iterations=300, improvement=0)
+    assert recovered(found, [columns] * 3) > 1 - 1e-6
+
+
 @settings(max_examples=10)
 @given(st.sampled_from([0.9, 0.95]), st.sampled_from([0.0, 1e-4]), seeds)
 def test_collinear_terms_are_recovered_where_alternating_fails(congruence, noise, seed) -> None:
@@ -119,6 +129,32 @@ def test_correction_trades_a_little_error_for_much_smaller_terms() -> None:
     assert corrected.sensitivity < plain.sensitivity
     within = cp(tensor, tolerance=0.7, correction=0.0)
     assert within.relative_error(tensor) <= 0.7 + 1e-9
+
+
+def test_going_on_without_what_is_small_beside_the_error_ends_as_well() -> None:
+    """A tensor whose modes are nearly of low rank, at fewer terms than it has."""
+    core = tensor_of((6, 6, 6))
+    bases = [torch.linalg.qr(tensor_of((20, 6), seed=s)).Q for s in range(3)]
+    tensor = torch.einsum("abc,ia,jb,kc->ijk", core, *bases)
+    tensor = tensor + 0.02 * tensor.norm() * tensor_of((20, 20, 20), seed=4) / 20**1.5
+    first = cp(tensor, 12, algorithm="als", iterations=2, compression=False)
+    through, whole = (
+        cp(tensor, 12, start=first, iterations=40, compression=c).relative_error(tensor)
+        for c in (True, False)
+    )
+    assert through < 0.8 * first.relative_error(tensor)
+    assert through < 1.05 * whole
+
+
+def test_going_on_is_never_worse_though_the_way_was() -> None:
+    """What was left out of the tensor on the way is all that there is in some of its slices."""
+    tensor = torch.zeros(12, 12, 12)
+    tensor[:3, :3, :3] = tensor_of((3, 3, 3))
+    tensor[5:8, 5:8, 5:8] = 0.05 * tensor_of((3, 3, 3), seed=1)
+    first = cp(tensor, 6, iterations=30)
+    for iterations in (1, 3, 20):
+        second = cp(tensor, 6, start=first, iterations=iterations)
+        assert second.relative_error(tensor) <= first.relative_error(tensor) + 1e-7
 
 
 def test_going_on_from_a_start_in_the_metric() -> None:

@@ -14,16 +14,20 @@ from rankfold.decompose.cp.start import (
     compress,
     exact_factors,
     exact_rank,
+    nudged,
     start_factors,
 )
 from rankfold.decompose.cp.target import Target
 from rankfold.decompose.decomposition import shape, to_unit_scale, working_precision
+from rankfold.decompose.tucker import tucker
 from rankfold.decompose.weights import Weights, Whitening
 from rankfold.errors import RankError
 
 Algorithm = Literal["als", "nls"]
 # Sweeps of alternating least squares that bring any start near enough for Gauss-Newton.
 _APPROACH = 10
+# Share of its squared error that is left out on the way from a start, and sweeps with it again.
+_SMALL, _POLISH = 0.1, 5
 
 
 def cp(
@@ -53,7 +57,8 @@ def cp(
     `start` is "hosvd", "random", "eigenvalue" (exact for exact tensors of low rank, and a start
     near the solution for those with little noise; needs two modes as long as the rank), or a CP of
     the same shape to go on from. With `compression` modes longer than the rank are first reduced to
-    it, and the result is refined on the whole tensor. With `correction` terms that cancel each
+    it, on from a CP all to what is not small beside its error, and the result is refined on the
+    whole tensor. With `correction` terms that cancel each
     other are then shrunk (see `error_preserving_correction`), in return for a relative error that
     is greater by this share, or as great as `tolerance`: 0.005 is much, 0 little. `weights`, one
     for each mode that has one, define the norm of the error.
@@ -81,7 +86,7 @@ def cp(
     scaled, scale = to_unit_scale(whitening.whiten(work.double()))
     fit = _Fit(scaled, algorithm, compression, iterations, improvement, seed)
     if rank is not None:
-        factors = fit.at_rank(rank, _started(start, rank, tensor, whitening))
+        factors = fit.at_rank(rank, _started(start, rank, tensor, whitening, scale))
     else:
         assert tolerance is not None
         factors = fit.within(tolerance, "hosvd" if isinstance(start, CP) else start)
@@ -129,9 +134,9 @@ def error_preserving_correction(
 
 
 def _started(
-    start: Start | CP, rank: int, tensor: torch.Tensor, whitening: Whitening
+    start: Start | CP, rank: int, tensor: torch.Tensor, whitening: Whitening, scale: float
 ) -> Start | list[torch.Tensor]:
-    """A name, or the factors of a CP as ones of the whitened tensor."""
+    """A name, or the factors of a CP as ones of the whitened tensor divided by its scale."""
     if not isinstance(start, CP):
         return start
     lengths = tuple(factor.shape[0] for factor in start.factors)
@@ -140,9 +145,11 @@ def _started(
             f"the start has rank {start.ranks[0]} and shape {'x'.join(map(str, lengths))}, "
             f"not {rank} and {shape(tensor)}"
         )
+    factors = [factor.double() for factor in start.factors]
+    factors[0] = factors[0] * (start.norms.double() / scale)
     return [
-        whitening.roots[mode] @ factor.double() if mode in whitening.roots else factor.double()
-        for mode, factor in enumerate(start.factors)
+        whitening.roots[mode] @ factor if mode in whitening.roots else factor
+        for mode, factor in enumerate(factors)
     ]
 
 
@@ -168,12 +175,14 @@ class _Fit:
         if not self.tensor.any():
             return [self.tensor.new_zeros(length, rank) for length in self.tensor.shape]
         if not isinstance(start, str):
-            return self._improved(Target(self.tensor), start)
+            return self._further(start)
         generator = torch.Generator().manual_seed(self.seed)
         reduced, bases = compress(self.tensor, rank) if self.compression else (self.tensor, {})
         if 2 * reduced.numel() > self.tensor.numel():
             reduced, bases = self.tensor, {}
         factors = start_factors(reduced, rank, start, generator)
+        if start == "hosvd":
+            factors = [nudged(factor, generator) for factor in factors]
         factors = self._improved(Target(reduced), factors)
         if bases:
             factors = [
@@ -182,6 +191,23 @@ class _Fit:
             ]
             factors = self._improved(Target(self.tensor), factors)
         return factors
+
+    def _further(self, start: list[torch.Tensor]) -> list[torch.Tensor]:
+        """From these on: first without what of the tensor is small beside their error."""
+        target = Target(self.tensor)
+        error = target.residual(start).squared_norm
+        allowed = (_SMALL * error / target.squared_norm) ** 0.5
+        if self.compression and 0 < allowed < 1:
+            small = tucker(self.tensor, tolerance=allowed, sweeps=0)
+            if 2 * small.core.numel() <= self.tensor.numel():
+                turned = zip(small.factors, start, strict=True)
+                found = self._improved(Target(small.core), [basis.mT @ f for basis, f in turned])
+                factors = [basis @ f for basis, f in zip(small.factors, found, strict=True)]
+                sweeps = min(_POLISH, self.iterations)
+                factors = alternate(target, factors, sweeps, self.improvement)
+                if target.residual(factors).squared_norm <= error:
+                    return factors
+        return self._improved(target, start)
 
     def within(self, tolerance: float, start: Start) -> list[torch.Tensor]:
         """The least rank that bisection finds to keep the relative error, and its factors."""

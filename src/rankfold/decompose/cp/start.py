@@ -10,6 +10,8 @@ from rankfold.decompose.tucker import tucker
 from rankfold.decompose.unfolding import mode_gram, mode_product, unfold
 from rankfold.errors import RankError
 
+_ASIDE = 1e-3  # the length of a nudge
+
 Start = Literal["hosvd", "random", "eigenvalue"]
 
 
@@ -34,6 +36,15 @@ def start_factors(
 def gaussian(size: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Drawn on the CPU, so that a seed means the same on every device."""
     return torch.randn(*size, dtype=torch.float64, generator=generator).to(like.device)
+
+
+def nudged(factor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Columns of unit length a little aside.
+
+    The singular vectors of terms of equal norms are as near to one as to the other: from there all
+    would go to a saddle at which they are the same term, which rounding alone leaves.
+    """
+    return factor + _ASIDE / factor.shape[0] ** 0.5 * gaussian(factor.shape, factor, generator)
 
 
 def _by_hosvd(tensor: torch.Tensor, rank: int, generator: torch.Generator) -> list[torch.Tensor]:
