@@ -35,14 +35,15 @@ def test_terms_are_recovered(algorithm, start, rank, seed) -> None:
     assert recovered(found, truth) > 1 - 1e-6
 
 
-@pytest.mark.parametrize("algorithm", ["als", "nls"])
-def test_terms_of_equal_norms_do_not_end_as_one(algorithm) -> None:
-    """Their singular vectors are their sum and their difference, a saddle of the error."""
-    first, second = torch.eye(7, dtype=torch.float64)[:, :2].unbind(1)
-    columns = torch.stack([first, (0.3 * first + second) / 1.09**0.5], dim=1)
-    tensor = multiply_out([columns] * 3)
-    found = cp(tensor, 2, algorithm=algorithm, iterations=300, improvement=0)
-    assert recovered(found, [columns] * 3) > 1 - 1e-6
+@pytest.mark.parametrize("seed", range(12))
+def test_terms_of_equal_norms_do_not_end_as_one(seed) -> None:
+    """Their singular vectors are their sum and their difference, a saddle of the error.
+
+    Where rounding does not part them, both came to lie between the two: some of these, by machine.
+    """
+    truth = collinear_factors(7, 2, 0.3, seed)
+    found = cp(multiply_out(truth), 2, iterations=300, improvement=0)
+    assert recovered(found, truth) > 1 - 1e-6
 
 
 @settings(max_examples=10)
