@@ -3,7 +3,7 @@
 PYTHON ?= python3
 INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test types suite coverage audit docs bench bench-full examples decompositions sweep clean
+.PHONY: demo test types suite coverage mutation audit docs bench bench-full examples decompositions sweep clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/rankfold demo --threads 2 --force
@@ -26,6 +26,10 @@ coverage: .venv-test/installed
 # What is known to be vulnerable of what the constraints name; asks a database on the network.
 audit: .venv-audit/installed
 	.venv-audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
+
+# Which small changes of the ground floor the tests do not notice: a sample of them, an hour.
+mutation: .venv-mutation/installed
+	OMP_NUM_THREADS=1 .venv-mutation/bin/python tools/mutation.py
 
 # Beside what users would pick instead: one network; all of them, hours.
 bench: .venv-bench/installed
@@ -61,6 +65,11 @@ sweep: .venv-bench/installed
 	.venv-audit/bin/python -m pip install --quiet --no-compile --disable-pip-version-check pip-audit
 	touch $@
 
+.venv-mutation/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-mutation
+	.venv-mutation/bin/python $(INSTALL) -e '.[dev]' mutmut
+	touch $@
+
 .venv-docs/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python $(INSTALL) -e '.[docs]'
@@ -79,4 +88,4 @@ sweep: .venv-bench/installed
 	touch $@
 
 clean:
-	rm -rf site .venv-demo .venv-docs .venv-audit .venv-test .venv-bench rankfold-demo .rankfold-demo.journal
+	rm -rf site .venv-demo .venv-docs .venv-audit .venv-mutation .venv-test .venv-bench rankfold-demo mutants .rankfold-demo.journal

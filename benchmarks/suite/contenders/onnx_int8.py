@@ -22,11 +22,12 @@ def why_not(model):
 
 
 def baseline(model, case):
-    return written(model, case)[1]
+    with tempfile.TemporaryDirectory() as folder:  # a session holds what it has read
+        return written(model, case, Path(folder))[1]
 
 
-def written(model, case):
-    path = Path(tempfile.mkdtemp(), "float32.onnx")
+def written(model, case, folder):
+    path = folder / "float32.onnx"
     rankfold.export(model, path, case.data[0], dynamic="all")
     return path, OnnxNetwork(path, call_of(model, case.data[0], run).structure)
 
@@ -45,8 +46,12 @@ class Batches(CalibrationDataReader):
 
 
 def compress(case, share):
-    model = case.make_model().eval()
-    path, network = written(model, case)
+    with tempfile.TemporaryDirectory() as folder:
+        return quantized(case.make_model().eval(), case, Path(folder))
+
+
+def quantized(model, case, folder):
+    path, network = written(model, case, folder)
     ready, small = path.with_name("ready.onnx"), path.with_name("int8.onnx")
     quant_pre_process(path, ready, skip_symbolic_shape=True)
     quantize_static(

@@ -252,11 +252,13 @@ def _long_vectors(
     epsilon = torch.finfo(source.dtype).eps
     # The product's columns of small singular values are sums of large numbers that cancel.
     cancels = bool(values[-1] < epsilon**0.5 * values[0])
-    if cancels and source.dtype == torch.float64:
-        turn = _refined(source, turn, values > epsilon * values[0])
-    elif not cancels and turn.to(source.dtype).isfinite().all():  # not so of denormal numbers
+    if not cancels and turn.to(source.dtype).isfinite().all():  # not so of denormal numbers
         turn = turn.to(source.dtype)
     blocks = ((block.to(turn.dtype) @ turn).to(block.dtype) for block in source.again())
+    if cancels and source.dtype == torch.float64:
+        # After the product, not before: it is the product's rounding that is corrected.
+        correction = _correction(source, turn, values > epsilon * values[0])
+        blocks = (block @ correction for block in blocks)
     if u_file is None:
         return torch.cat(list(blocks))
     with Path(u_file).open("wb") as file:
@@ -267,10 +269,10 @@ def _long_vectors(
     return mapped.reshape(size)
 
 
-def _refined(source: _Source, turn: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
-    """The map from rows to their singular vectors, corrected so that these are orthonormal.
+def _correction(source: _Source, turn: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
+    """What makes the singular vectors that a map of rows gives orthonormal.
 
-    By R of the QR decomposition of what the map gives, in the columns that are more than rounding.
+    The inverse of R of their QR decomposition, in the columns that are more than rounding.
     """
     triangle = None
     for block in source.again():
@@ -278,5 +280,4 @@ def _refined(source: _Source, turn: torch.Tensor, good: torch.Tensor) -> torch.T
     assert triangle is not None
     signed = triangle * triangle.diagonal().sign()[:, None]
     identity = torch.eye(len(good), dtype=turn.dtype, device=turn.device)
-    correction = torch.where(good & good[:, None], signed, identity)
-    return turn @ torch.linalg.inv(correction)
+    return torch.linalg.inv(torch.where(good & good[:, None], signed, identity))
