@@ -67,7 +67,10 @@ def test_the_ridge_factor_is_the_least_one_at_the_bound() -> None:
     normal, product, total = columns.mT @ columns, right @ columns, right.square().sum().item()
     exact = (right.mT - columns @ torch.linalg.lstsq(columns, right.mT).solution).square().sum()
     bound = 1.05 * exact.item()
-    found = _ridge_within(normal, product, total, bound)
+    found, damping = _ridge_within(normal, product, total, bound)
+    for first in (1e-12, 1e-3, 1e9):
+        _, same = _ridge_within(normal, product, total, bound, first)
+        assert same == pytest.approx(damping, rel=5e-3)
     reached = (found @ columns.mT - right).square().sum().item()
     assert reached == pytest.approx(bound, rel=1e-4) and reached <= bound
     best = min(

@@ -5,13 +5,16 @@ error bound. IEEE Transactions on Signal Processing 67 (2019). For kernels: Phan
 low-rank tensor decomposition for compression of convolutional neural network. ECCV 2020.
 """
 
-import math
+from dataclasses import dataclass
 
-import scipy
 import torch
 
 from rankfold.decompose.cp.als import unit_columns
 from rankfold.decompose.cp.target import Target, gramian, product_of_others
+
+# Of the trace of the normal equations: the dampings between which one is sought, and where first.
+_LEAST, _FIRST, _GREATEST = 1e-15, 1e-6, 1e16
+_NEAR = 1e-3  # relative: dampings so near are the same
 
 
 def preserve_error(
@@ -41,9 +44,16 @@ def preserve_error(
     solved = current[-1] * scale
     grams = [gramian(factor) for factor in current]
 
+    dampings: dict[int, float] = {}
+
     def update(mode: int, product: torch.Tensor) -> None:
         nonlocal solved
-        solved = _ridge_within(product_of_others(grams, mode), product, total, bound)
+        normal = product_of_others(grams, mode)
+        found = _ridge_within(normal, product, total, bound, dampings.get(mode))
+        if found is None:
+            solved = current[mode] * torch.linalg.vector_norm(solved, dim=0)
+            return
+        solved, dampings[mode] = found
         current[mode] = unit_columns(solved)
         grams[mode] = gramian(current[mode])
 
@@ -56,32 +66,58 @@ def preserve_error(
 
 
 def _ridge_within(
-    normal: torch.Tensor, product: torch.Tensor, total: float, bound: float
-) -> torch.Tensor:
-    """The factor of least norm whose squared error is at most `bound`.
+    normal: torch.Tensor,
+    product: torch.Tensor,
+    total: float,
+    bound: float,
+    damping: float | None = None,
+) -> tuple[torch.Tensor, float] | None:
+    """The factor of least norm whose squared error is at most `bound`, and its damping.
 
-    In the eigenvectors of the normal equations each column's share of the error is a rational
-    function of the damping, so that the damping is the root of one monotone function.
+    The squared error is a concave function of the square of the damping, so that Newton's method
+    comes up to the bound from below, from any `damping` given. None where rounding alone stands
+    between the least error and the bound.
     """
-    eigenvalues, vectors = torch.linalg.eigh(normal)
-    eigenvalues = eigenvalues.clamp_min(1e-14 * eigenvalues[-1])
-    turned = product @ vectors
-    weight = turned.square().sum(0)
+    trace = normal.diagonal().sum().item()
+    low, high = _LEAST * trace, _GREATEST * trace
+    damping = _FIRST * trace if damping is None else damping
+    best = None
+    while high > (1 + _NEAR) * low:
+        damping = min(max(damping, low), high)
+        solved = _ridge(normal, product, damping)
+        following = 0.0
+        if solved is None:
+            low = damping
+        else:
+            excess = total - solved.explained - bound
+            if excess > 0:
+                high = damping
+            else:
+                low, best = damping, (solved.factor, damping)
+            if solved.slope > 0:
+                following = max(damping**2 - excess / solved.slope, 0.0) ** 0.5
+            if excess <= 0 and following < (1 + _NEAR) * damping:
+                break
+        damping = following if low < following < high else (low * high) ** 0.5
+    return best
 
-    def excess(log_damping: float) -> float:
-        damping = math.exp(log_damping)
-        explained = weight * (eigenvalues + 2 * damping) / (eigenvalues + damping).square()
-        return total - explained.sum().item() - bound
 
-    greatest = eigenvalues[-1].item()
-    low, high = math.log(1e-16 * greatest), math.log(1e16 * greatest)
-    if excess(low) >= 0:
-        damping = 0.0  # rounding alone stands between the least error and the bound
-    elif excess(high) <= 0:
-        return torch.zeros_like(product)
-    else:
-        damping = math.exp(scipy.optimize.brentq(excess, low, high, xtol=1e-6))
-        # On the safe side of the root.
-        while excess(math.log(damping)) > 0:
-            damping *= 1 - 1e-5
-    return (turned / (eigenvalues + damping)) @ vectors.mT
+@dataclass(frozen=True)
+class _Ridge:
+    factor: torch.Tensor
+    explained: float  # of the squared norm: it less the squared error
+    slope: float  # of the squared error, by the square of the damping
+
+
+def _ridge(normal: torch.Tensor, product: torch.Tensor, damping: float) -> _Ridge | None:
+    """None where the damped normal equations are singular to rounding."""
+    damped = normal.clone()
+    damped.diagonal().add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        return None
+    half = torch.linalg.solve_triangular(lower, product.mT, upper=False)
+    factor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    again = torch.linalg.solve_triangular(lower, factor, upper=False)
+    explained = half.square().sum() + damping * factor.square().sum()
+    return _Ridge(factor.mT, explained.item(), again.square().sum().item())
