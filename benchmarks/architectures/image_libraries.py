@@ -1,5 +1,10 @@
-"""Classifiers, detectors and segmenters of torchvision and timm, where they are installed."""
+"""Classifiers of torchvision and timm, where they are installed.
 
+At their own width: with a metric of thousands of inputs each layer would take minutes, so that they
+are compressed by their weights, and not recovered.
+"""
+
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -52,18 +57,18 @@ def _of_timm(name: str) -> Any:
     return build
 
 
+def _of_library(package: str, name: str, build: Callable[[], nn.Module]) -> Architecture:
+    return Architecture(
+        f"{package} {name}",
+        build,
+        images(224, samples=2),
+        package=package,
+        metric="weight",
+        recovered=False,
+    )
+
+
 ARCHITECTURES = (
-    *(
-        Architecture(
-            f"torchvision {name}",
-            _of_torchvision(name),
-            images(224, samples=2),
-            package="torchvision",
-        )
-        for name in TORCHVISION
-    ),
-    *(
-        Architecture(f"timm {name}", _of_timm(name), images(224, samples=2), package="timm")
-        for name in TIMM
-    ),
+    *(_of_library("torchvision", name, _of_torchvision(name)) for name in TORCHVISION),
+    *(_of_library("timm", name, _of_timm(name)) for name in TIMM),
 )

@@ -57,11 +57,11 @@ def cp(
     `start` is "hosvd", "random", "eigenvalue" (exact for exact tensors of low rank, and a start
     near the solution for those with little noise; needs two modes as long as the rank), or a CP of
     the same shape to go on from. With `compression` modes longer than the rank are first reduced to
-    it, on from a CP all to what is not small beside its error, and the result is refined on the
-    whole tensor. With `correction` terms that cancel each
-    other are then shrunk (see `error_preserving_correction`), in return for a relative error that
-    is greater by this share, or as great as `tolerance`: 0.005 is much, 0 little. `weights`, one
-    for each mode that has one, define the norm of the error.
+    it, and on from a CP all modes to what is not small beside its error; the result is refined on
+    the whole tensor. With `correction` terms that cancel each other are then shrunk (see
+    `error_preserving_correction`), in return for a relative error that is greater by this share, or
+    as great as `tolerance`: 0.005 is much, 0 little. `weights`, one for each mode that has one,
+    define the norm of the error.
 
     The same seed gives the same result. Carries no gradient. Raises RankError for a rank outside
     1..exact_rank, the product of all lengths but the longest, at which every tensor is exact, or a
