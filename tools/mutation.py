@@ -97,6 +97,23 @@ def write(tried: dict[str, str]) -> None:
     }
     document = {"modules": modules, "survivors": survivors}
     RESULTS.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    tell(document)
+
+
+def tell(document: dict) -> None:
+    """Write what was found into CONTRIBUTING.md."""
+    lines = ["| file | tried | noticed | not noticed |", "| --- | --- | --- | --- |"]
+    for module, found in document["modules"].items():
+        file = module.removeprefix("rankfold.").replace(".", "/")
+        tried, missed = sum(found.values()), sum(found.get(status, 0) for status in UNNOTICED)
+        lines.append(f"| `{file}.py` | {tried} | {tried - missed} | {missed} |")
+    between_markers(DOCUMENT, "mutation", "\n".join(lines))
+
+
+def between_markers(path: Path, name: str, text: str) -> None:
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    head, _, rest = path.read_text().partition(start)
+    path.write_text(f"{head}{start}\n{text}\n\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":

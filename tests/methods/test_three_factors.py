@@ -32,7 +32,7 @@ both = pytest.mark.parametrize("factors", [blocks(), ring()], ids=["blocks", "ri
 
 @both
 @pytest.mark.parametrize("many", [0, 100], ids=["by pairs", "by features"])
-@pytest.mark.parametrize("most", [1, 2**22])
+@pytest.mark.parametrize("most", [1, 2**24])
 def test_inner_products_are_those_of_the_features(factors, many, most, monkeypatch) -> None:
     monkeypatch.setattr(block_term, "_MANY", many)
     monkeypatch.setattr(block_term, "_MOST", most)
@@ -51,6 +51,22 @@ def test_what_a_kernel_has_in_common_with_each_entry(factors: ThreeFactors) -> N
     half = factors.half(tensor)
     torch.testing.assert_close(factors.onto_cores(half), of_cores)
     torch.testing.assert_close(factors.onto_inputs(half), of_inputs)
+
+
+@pytest.mark.parametrize("inputs", [9, 20], ids=["by features", "by pairs"])
+@pytest.mark.parametrize("most", [1, 2**24])
+def test_normal_equations_of_cores(inputs, most, monkeypatch) -> None:
+    """Products with what the derivative of the kernel by the cores has in common with itself."""
+    monkeypatch.setattr(block_term, "_MOST", most)
+    factors = replace(blocks(), inputs=tensor_of((inputs, 3, 4), seed=1))
+    cores = tensor_of((3, 2, 4, PLACES), seed=6)
+
+    def kernel(cores: torch.Tensor) -> torch.Tensor:
+        return replace(factors, cores=cores).to_tensor().flatten()
+
+    by_cores = torch.autograd.functional.jacobian(kernel, cores).flatten(1)
+    expected = by_cores.mT @ (by_cores @ cores.flatten())
+    torch.testing.assert_close(factors.normal(cores), expected.reshape(cores.shape))
 
 
 @both

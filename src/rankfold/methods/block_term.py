@@ -8,7 +8,7 @@ Matrix Analysis and Applications 30 (2008); part III, with Nion: by alternating 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -48,7 +48,7 @@ from rankfold.methods.whitened import CHANNELS, WhitenedKernel
 _DRAFT, _SWEEPS = 6, 50
 # From so many inputs for each of a block's, products of all pairs of blocks cost less than those of
 # their features; and how many numbers they may have at a time.
-_MANY, _MOST = 32, 2**22
+_MANY, _MOST = 32, 2**24
 
 
 @dataclass(frozen=True)
@@ -124,28 +124,46 @@ class _Blocks(ThreeFactors):
         """Of many inputs from their inner products: blocks are narrow, features are not."""
         if len(self.inputs) < _MANY * self.inputs.shape[2]:
             return super().gram()
-        flat = self.inputs.flatten(1)
-        inputs = (flat.mT @ flat).unflatten(0, self.inputs.shape[1:])
-        gram = flat.new_zeros([self.outputs[0].numel()] * 2)
-        for cores in self._in_parts(self.cores):
-            count, made, given, places = cores.shape
-            turned = cores.permute(0, 1, 3, 2).flatten(1, 2) @ inputs
-            turned = turned.reshape(count * made, places, count, given)
-            turned = turned.permute(2, 0, 1, 3).flatten(2)
-            found = turned @ cores.permute(0, 3, 2, 1).flatten(1, 2)
-            gram += found.transpose(0, 1).flatten(1)
-        return gram
+        parts = zip(self._with_inputs(self.cores), self._in_parts(self.cores), strict=True)
+        products = [beside @ own.permute(0, 3, 2, 1).flatten(1, 2) for beside, own in parts]
+        return torch.cat([one.transpose(0, 1).flatten(1) for one in products], dim=1)
 
-    def _in_parts(self, cores: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Cores of so few places that all pairs of blocks fit in memory for each."""
-        pairs = self.outputs[0].numel() * self.inputs[0].numel()
-        return cores.split(max(1, _MOST // pairs), dim=3)
+    def normal(self, cores: torch.Tensor) -> torch.Tensor:
+        """From inner products of outputs and of inputs, where the blocks have few of the latter."""
+        if self.inputs[0].numel() >= len(self.inputs):
+            return super().normal(cores)
+        outputs = self._in_parts(_inner_products(self.outputs))
+        parts = zip(self._with_inputs(cores), outputs, strict=True)
+        products = torch.cat([own @ beside for beside, own in parts])
+        return products.unflatten(2, (-1, cores.shape[2])).transpose(2, 3)
+
+    def _with_inputs(self, cores: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Such cores and their inputs, in the inputs of each block, for some of these at a time.
+
+        (blocks of the part, all blocks * out, places * in).
+        """
+        count, made, given, places = cores.shape
+        tall = cores.transpose(2, 3).flatten(1, 2)
+        for part in self._in_parts(_inner_products(self.inputs)):
+            wide = part.unflatten(2, (count, given)).permute(2, 3, 0, 1).flatten(2)
+            seen = (tall @ wide).reshape(count, made, places, len(part), given)
+            yield seen.permute(3, 0, 1, 2, 4).reshape(len(part), count * made, places * given)
+
+    def _in_parts(self, blocks: torch.Tensor) -> Sequence[torch.Tensor]:
+        """So few blocks that all cores in the inputs of each fit in memory."""
+        return blocks.split(max(1, _MOST // self.cores.numel()))
 
     def with_outputs(self, outputs: torch.Tensor) -> "_Blocks":
         """Orthonormal within each block."""
         outputs, mixing = torch.linalg.qr(outputs.movedim(1, 0))
         cores = torch.einsum("bsq,bqrp->bsrp", mixing, self.cores)
         return replace(self, outputs=outputs.movedim(0, 1), cores=cores)
+
+
+def _inner_products(factor: torch.Tensor) -> torch.Tensor:
+    """Of all columns of a factor (length, blocks, width): (blocks, width, blocks * width)."""
+    flat = factor.flatten(1)
+    return (flat.mT @ flat).unflatten(0, factor.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
