@@ -31,6 +31,21 @@ def test_quadratic_costs_of_a_single_rank_are_known_from_three() -> None:
     assert costs == [count(rank) for rank in ranks]
 
 
+def test_costs_with_a_bend_are_known_from_parts_of_the_grid() -> None:
+    """Where one side of a layer has fewer channels than the rank the other side has not."""
+    ranks = list(product(range(8, 4001, 8), range(8, 1025, 8)))
+    counted = []
+
+    def count(rank):
+        counted.append(rank)
+        terms, width = rank
+        return terms * (min(width, 128) + width + 9), terms * width
+
+    costs = costs_of_ranks(count, ranks)
+    assert len(counted) < len(ranks) / 50
+    assert costs == [count(rank) for rank in ranks]
+
+
 @pytest.mark.parametrize(
     "count",
     [

@@ -1,8 +1,12 @@
 """Everything that may become of one layer: method, rank, loss and cost."""
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import product
+from operator import gt
 
 from torch import nn
 
@@ -91,10 +95,18 @@ def costs_of_ranks(count: Callable[[Rank], Counts], ranks: Sequence[Rank]) -> li
     A chain of factors costs a sum of products of its ranks, each at most once per product, so the
     cost is multilinear: counted at the corners of the grid it is known in between. Of a single rank
     it may be quadratic (fewer units of a recurrent layer are fewer on both sides of a matrix):
-    counted at three. A count or two more check that it is so; if not, every rank is counted.
+    counted at three. A count or two more check that it is so; if not, it may be so of parts of the
+    grid (no factor is wider than its layer), which is halved along each rank.
     """
+    found = _costs(cache(count), ranks)
+    return [found[rank] for rank in ranks]
+
+
+def _costs(count: Callable[[Rank], Counts], ranks: Sequence[Rank]) -> dict[Rank, Counts]:
+    """By interpolation on these ranks, or on each part of them."""
     nodes = [[min(entry), max(entry)] for entry in zip(*ranks, strict=True)]
-    middle = ranks[len(ranks) // 2]
+    centre = [sum(entry) / 2 for entry in nodes]
+    middle = min(ranks, key=partial(math.dist, centre))
     if len(nodes) == 1:
         nodes[0].append(middle[0])
     nodes = [sorted(set(entry)) for entry in nodes]
@@ -112,6 +124,11 @@ def costs_of_ranks(count: Callable[[Rank], Counts], ranks: Sequence[Rank]) -> li
         return round(parameters), round(macs)
 
     probes = {middle, ranks[len(ranks) // 3]} - known.keys()
+    if not probes:
+        return {rank: count(rank) for rank in ranks}
     if all(count(probe) == interpolate(probe) for probe in probes):
-        return [interpolate(rank) for rank in ranks]
-    return [count(rank) for rank in ranks]
+        return {rank: interpolate(rank) for rank in ranks}
+    parts = defaultdict(list)
+    for rank in ranks:
+        parts[tuple(map(gt, rank, centre))].append(rank)
+    return {rank: cost for part in parts.values() for rank, cost in _costs(count, part).items()}
