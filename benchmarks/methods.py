@@ -275,13 +275,13 @@ def main(
         model, data = NETWORKS[network]()
         known = facts["networks"].get(network, [])
         facts["networks"][network] = [row for row in known if row["method"] not in names]
-        facts["machines"][network] = machine()
+        facts["machines"].setdefault(network, {}).update(dict.fromkeys(names, machine()))
         for row in compare(model, data, most, names, patience):
             facts["networks"][network].append(row)
             save(out, facts)
     if whole:
         facts["whole"] = list(fit_all(*NETWORKS[WHOLE](), names))
-        facts["machines"]["whole"] = machine()
+        facts["machines"]["whole"] = dict.fromkeys(names, machine())
         save(out, facts)
     write_document(facts)
 
@@ -290,17 +290,24 @@ def write_document(facts: dict[str, Any]) -> None:
     for network, rows in facts["networks"].items():
         picture = f"methods-{network}.svg"
         draw(rows, DOCUMENT.parent / picture)
-        text = f"{table(rows)}\n![Error against time]({picture})\n\n{measured_on(facts, network)}"
+        text = f"{table(rows)}\n![Error against time]({picture})\n\n{where(facts, network, rows)}"
         between_markers(DOCUMENT, network, text)
     if "whole" in facts:
         rows = [(r["method"], str(r["layers"]), f"{r['seconds']:.1f}") for r in facts["whole"]]
         whole = markdown_table(("method", "convolutions", "seconds"), rows)
-        between_markers(DOCUMENT, "whole", f"{whole}\n{measured_on(facts, 'whole')}")
+        between_markers(DOCUMENT, "whole", f"{whole}\n{where(facts, 'whole', facts['whole'])}")
 
 
-def measured_on(facts: dict[str, Any], which: str) -> str:
-    machine = facts["machines"][which].items()
-    return f"Measured on: {', '.join(f'{name} {value}' for name, value in machine)}.\n"
+def where(facts: dict[str, Any], of: str, rows: Sequence[dict[str, Any]]) -> str:
+    """On which machine these methods were measured, or which were measured on which."""
+    methods: dict[str, list[str]] = {}
+    for name in dict.fromkeys(row["method"] for row in rows):
+        machine = facts["machines"][of][name]
+        on = ", ".join(f"{fact} {value}" for fact, value in machine.items())
+        methods.setdefault(on, []).append(f"`{name}`")
+    if len(methods) == 1:
+        return f"Measured on: {next(iter(methods))}.\n"
+    return "\n\n".join(f"{', '.join(names)}: on {on}." for on, names in methods.items()) + "\n"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
