@@ -72,3 +72,14 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(TensorError, match="NaN"):
         interpolative(torch.full((3, 3), torch.nan))
     assert interpolative(torch.zeros(3, 4)).relative_error(torch.zeros(3, 4)) == 0
+
+
+def test_without_any_error_all_of_the_rank_is_kept() -> None:
+    matrix = torch.randn(6, 4, dtype=torch.float64)
+    assert interpolative(matrix, tolerance=0.0).ranks == (4,)
+
+
+@pytest.mark.parametrize("size", [(9, 4), (4, 9)])
+def test_no_more_columns_than_the_shorter_side(size) -> None:
+    found = pivoted_qr(torch.randn(size))
+    assert found.q.shape == (size[0], 4) and found.r.shape == (4, size[1])

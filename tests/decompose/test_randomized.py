@@ -94,5 +94,8 @@ def test_what_makes_no_sense_is_refused() -> None:
     for arguments in ({}, {"rank": 2, "tolerance": 0.1}, {"tolerance": 1e-9}, {"tolerance": 2}):
         with pytest.raises(ValueError, match="tolerance"):
             randomized_svd(matrix, **arguments)
+    for arguments in ({"oversampling": -1}, {"iterations": -1}):
+        with pytest.raises(ValueError, match="must not be negative"):
+            randomized_svd(matrix, 2, **arguments)
     with pytest.raises(TensorError, match="NaN"):
         randomized_svd(torch.full((3, 3), torch.nan), 1)

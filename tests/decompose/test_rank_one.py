@@ -68,3 +68,6 @@ def test_what_makes_no_sense_is_refused() -> None:
             rank_one_terms(tensor, **arguments)
     with pytest.raises(RankError, match="two modes"):
         rank_one_terms(tensor_of((3,)), 1)
+    with pytest.raises(RankError, match="two modes"):
+        rank_one_terms(torch.empty(3, 0), 1)
+    assert rank_one_terms(torch.full((1, 1), -2.0), 1).to_tensor().item() == pytest.approx(-2)

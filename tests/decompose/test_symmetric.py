@@ -40,6 +40,13 @@ def test_batches_zeros_and_single_precision() -> None:
     assert torch.equal(zero.root, torch.eye(3, dtype=torch.float64)) and zero.raised == 3
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_rounding_is_judged_by_the_size_of_the_matrix(scale) -> None:
+    assert symmetric_roots(scale * torch.diag(torch.tensor([1.0, -1e-6]))).raised == 1
+    with pytest.raises(ValueError, match="positive semidefinite"):
+        symmetric_roots(scale * torch.diag(torch.tensor([1.0, -1e-3])))
+
+
 def test_what_has_no_root_is_refused() -> None:
     for matrix, message in (
         (torch.randn(3), "square"),

@@ -49,6 +49,23 @@ def test_at_the_same_error_it_never_grows_and_never_gets_worse() -> None:
     assert looser.sensitivity < corrected.sensitivity
 
 
+def test_its_scale_is_that_of_the_tensor() -> None:
+    tensor = tensor_of((9, 8, 7))
+    for scale in (1e-3, 37.0):
+        found = cp(scale * tensor, 12)
+        error = 1.05 * found.relative_error(scale * tensor)
+        corrected = error_preserving_correction(found, scale * tensor, error=error)
+        assert corrected.relative_error(scale * tensor) == pytest.approx(error, rel=1e-3)
+
+
+def test_what_only_rounding_could_better_stays_as_it_is() -> None:
+    """Of an exact decomposition no factor has a shorter one within the error."""
+    factors = [tensor_of((n, 3), seed=n) for n in (9, 8, 7)]
+    target = Target(multiply_out(factors))
+    found = preserve_error(target, factors, target.residual(factors).squared_norm)
+    torch.testing.assert_close(multiply_out(found), target.tensor)
+
+
 def test_a_decomposition_that_exceeds_the_error_comes_back() -> None:
     tensor = tensor_of((5, 4, 3))
     found = cp(tensor, 2)

@@ -118,6 +118,8 @@ def test_tolerance_finds_the_rank_of_a_tensor_that_has_one() -> None:
     tensor = multiply_out(collinear_factors(9, 3, 0.2, 0))
     assert cp(tensor, tolerance=1e-4, improvement=1e-9).ranks == (3,)
     assert cp(tensor, tolerance=0.99).ranks == (1,)
+    starts = [cp(tensor, tolerance=0.1, start=s, iterations=2) for s in ("hosvd", "random")]
+    assert not torch.equal(*(found.to_tensor() for found in starts))
     hard = tensor_of((3, 3, 3))
     exact = cp(hard, tolerance=1e-9)
     assert exact.relative_error(hard) <= 1e-9 and exact.ranks[0] <= 9
