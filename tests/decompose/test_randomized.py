@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensors import tensor_of
 
 from rankfold.decompose import randomized_svd, residual_norm_bound, svd
 from rankfold.errors import RankError, TensorError
@@ -82,6 +83,15 @@ def test_degenerate_input() -> None:
     assert randomized_svd(column, 1).relative_error(column) < 1e-6
     half = torch.randn(9, 8).half()
     assert randomized_svd(half, 8).relative_error(half) < 1e-5
+
+
+@pytest.mark.parametrize("arguments", [{"rank": 4}, {"tolerance": 1e-3}])
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_every_member_of_a_batch_is_decomposed(arguments, iterations) -> None:
+    batch = tensor_of((2, 3, 20, 4)) @ tensor_of((2, 3, 4, 15), seed=1)
+    found = randomized_svd(batch, **arguments, iterations=iterations)
+    assert found.u.shape == (2, 3, 20, 4)
+    torch.testing.assert_close(found.to_tensor(), batch, rtol=0, atol=1e-8)
 
 
 def test_what_makes_no_sense_is_refused() -> None:
