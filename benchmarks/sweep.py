@@ -193,7 +193,7 @@ def main(
 def _keep(results: dict[str, Outcome]) -> None:
     order = [name for family in FAMILIES for name in of_family(family)]
     facts: dict[str, Any] = {name: asdict(results[name]) for name in order if name in results}
-    save(RESULTS, {"machine": machine(), "cases": facts})
+    save(RESULTS, {"machine of the last case": machine(), "cases": facts})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from hypothesis import given
 from tensors import seeds, tensor_of
 
 from rankfold.decompose import cp, error_preserving_correction
+from rankfold.decompose.cp import correction
 from rankfold.decompose.cp.correction import _ridge_within, preserve_error
 from rankfold.decompose.cp.form import multiply_out
 from rankfold.decompose.cp.target import Target
@@ -51,19 +52,25 @@ def test_at_the_same_error_it_never_grows_and_never_gets_worse() -> None:
 
 def test_its_scale_is_that_of_the_tensor() -> None:
     tensor = tensor_of((9, 8, 7))
-    for scale in (1e-3, 37.0):
+    for scale in (1e-20, 37.0, 1e20):
         found = cp(scale * tensor, 12)
         error = 1.05 * found.relative_error(scale * tensor)
         corrected = error_preserving_correction(found, scale * tensor, error=error)
         assert corrected.relative_error(scale * tensor) == pytest.approx(error, rel=1e-3)
 
 
-def test_what_only_rounding_could_better_stays_as_it_is() -> None:
-    """Of an exact decomposition no factor has a shorter one within the error."""
-    factors = [tensor_of((n, 3), seed=n) for n in (9, 8, 7)]
-    target = Target(multiply_out(factors))
-    found = preserve_error(target, factors, target.residual(factors).squared_norm)
-    torch.testing.assert_close(multiply_out(found), target.tensor)
+def test_where_no_shorter_factor_is_found_nothing_changes(monkeypatch) -> None:
+    tensor = tensor_of((9, 8, 7))
+    monkeypatch.setattr(correction, "_ridge_within", lambda *_: None)
+    found = cp(tensor, 12)
+    same = error_preserving_correction(found, tensor, error=1.1 * found.relative_error(tensor))
+    torch.testing.assert_close(same.to_tensor(), found.to_tensor())
+
+
+def test_an_error_below_the_least_is_not_reached() -> None:
+    columns, right = tensor_of((20, 4)), tensor_of((3, 20), seed=1)
+    normal, product, total = columns.mT @ columns, right @ columns, right.square().sum().item()
+    assert _ridge_within(normal, product, total, 1e-3 * total) is None
 
 
 def test_a_decomposition_that_exceeds_the_error_comes_back() -> None:
