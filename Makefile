@@ -27,7 +27,7 @@ coverage: .venv-test/installed
 audit: .venv-audit/installed
 	.venv-audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
 
-# Which small changes of the ground floor the tests do not notice: a sample of them, an hour.
+# Which small changes of the ground floor the tests do not notice: a sample of them, half an hour.
 mutation: .venv-mutation/installed
 	OMP_NUM_THREADS=1 .venv-mutation/bin/python tools/mutation.py
 

@@ -16,11 +16,12 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from fuzz import between_markers
+
 HERE = Path(__file__).resolve().parents[1]
 RESULTS = HERE / "benchmarks" / "mutation.json"
 DOCUMENT = HERE / "CONTRIBUTING.md"
 MUTMUT = Path(sys.executable).parent / "mutmut"
-MUTANTS = HERE / "mutants"
 NOT_TRIED = "not checked"
 UNNOTICED = ("survived", "no tests")
 
@@ -32,13 +33,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="files whose names contain this")
     options = parser.parse_args()
     mutmut("run", "none is named so")  # makes them, learns which tests reach which, and ends
+    known = statuses()
     chosen = [
         name
-        for module, names in sorted(by_module(statuses()).items())
+        for module, names in sorted(by_module(known).items())
         if options.only in module
         for name in drawn(names, options.each, options.seed)
     ]
-    known = statuses()
     wanted = [name for name in chosen if known[name] in (NOT_TRIED, *UNNOTICED)]
     if wanted:
         mutmut("run", "--max-children", "1", *wanted)
@@ -109,12 +110,6 @@ def tell(document: dict) -> None:
         tried, missed = sum(found.values()), sum(found.get(status, 0) for status in UNNOTICED)
         lines.append(f"| `{file}.py` | {tried} | {tried - missed} | {missed} |")
     between_markers(DOCUMENT, "mutation", "\n".join(lines))
-
-
-def between_markers(path: Path, name: str, text: str) -> None:
-    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    head, _, rest = path.read_text().partition(start)
-    path.write_text(f"{head}{start}\n{text}\n\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":

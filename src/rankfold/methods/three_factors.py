@@ -117,8 +117,10 @@ def in_turn(tensor: torch.Tensor, factors: Found, sweeps: int) -> Found:
     After a few sweeps on the kernel (out, in, places) what of its channels is small beside the
     error is left out, where that is much, and seen again by the last ones.
     """
-    known = _swept(tensor, factors, min(sweeps, _FIRST))
-    if known.ended or sweeps <= _FIRST:
+    if sweeps <= _FIRST + _LAST:
+        return _swept(tensor, factors, sweeps).factors
+    known = _swept(tensor, factors, _FIRST)
+    if known.ended:
         return known.factors
     allowed = (_SMALL * known.error / tensor.square().sum().item()) ** 0.5
     small = tucker(tensor, modes=(0, 1), tolerance=allowed, sweeps=0)
