@@ -9,130 +9,31 @@ and what 32 blocks come to.
 """
 
 import json
-import math
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import llama
 import torch
 import typer
 from race import between_markers, machine, markdown_table, save
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "from_disk.md"
-FEATURES, BETWEEN, HEADS, KEY_HEADS, TOKENS = 4096, 14336, 32, 8, 128256
 ALL_BLOCKS = 32
 SEQUENCES, LENGTH = 4, 128  # that the network is run on
 GIGABYTE = 1e9
-_STRONG = 64  # directions that hold most of a weight
-
-
-def configuration(blocks: int) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        hidden_size=FEATURES,
-        intermediate_size=BETWEEN,
-        num_hidden_layers=blocks,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_HEADS,
-        vocab_size=TOKENS,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
-
-
-def write_checkpoint(directory: Path, blocks: int) -> None:
-    """Weights with a few strong directions and noise, a block at a time."""
-    from rankfold.pretrained import empty_pretrained
-    from rankfold.shards import grouped, shard_name, write_index, write_shard
-
-    directory.mkdir()
-    (directory / "config.json").write_text(configuration(blocks).to_json_string())
-    generator = torch.Generator().manual_seed(0)
-    empty = empty_pretrained(directory).state_dict()
-    sizes = {name: 2 * tensor.numel() for name, tensor in empty.items()}
-    groups = list(grouped(sizes, 2**30))
-    shards = {shard_name(place, len(groups)): names for place, names in enumerate(groups)}
-    for file, names in shards.items():
-        tensors = {n: make_weight(tuple(empty[n].shape), generator) for n in names}
-        write_shard(tensors, directory / file)
-    write_index(directory, shards, sum(sizes.values()))
-
-
-def make_weight(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    rows, columns = shape
-    noise = torch.randn(rows, columns, generator=generator)
-    left = torch.randn(rows, _STRONG, generator=generator)
-    right = torch.randn(_STRONG, columns, generator=generator) / math.sqrt(_STRONG)
-    return ((0.5 * noise + left @ right) / math.sqrt(columns)).bfloat16()
-
-
-class Watched:
-    """Bytes of memory of this process alone, the most at any time."""
-
-    def __init__(self) -> None:
-        self.peak, self._done = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.02):
-            status = Path("/proc/self/status").read_text()
-            (line,) = (one for one in status.splitlines() if one.startswith("RssAnon"))
-            self.peak = max(self.peak, 1024 * int(line.split()[1]))
-
-    def end(self) -> int:
-        self._done.set()
-        self._thread.join()
-        return self.peak
-
-
-def compress(source: Path, target: Path, params: float, on_data: bool) -> None:
-    """In this process; prints a line of JSON."""
-    from rankfold.from_disk import compress_from_disk
-    from rankfold.from_disk.factors import FiledFactors
-
-    seconds: dict[str, list[float]] = defaultdict(list)
-    decompose = FiledFactors._decompose
-
-    def timed(self: Any, module: Any, *rest: Any) -> None:
-        start = time.perf_counter()
-        decompose(self, module, *rest)
-        seconds[str(tuple(module.weight.shape))].append(time.perf_counter() - start)
-
-    FiledFactors._decompose = timed  # type: ignore[method-assign]
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, TOKENS, (SEQUENCES, LENGTH), generator=generator)
-    data = [{"input_ids": ids}] if on_data else None
-    watched, start = Watched(), time.perf_counter()
-    plan = compress_from_disk(
-        source, target, params=params, data=data, layers="model.layers.*", force=True
-    )
-    facts = {
-        "seconds": time.perf_counter() - start,
-        "peak": watched.end(),
-        "layers": dict(seconds),
-        "parameters": [plan.before.parameters, plan.after.parameters],
-        "factorized": len(plan.factorized),
-    }
-    print(json.dumps(facts))
 
 
 def load(directory: Path) -> None:
     """In this process; prints a line of JSON."""
     import rankfold
 
-    watched, start = Watched(), time.perf_counter()
+    watched, start = llama.Watched(), time.perf_counter()
     model = rankfold.load(directory)
     with torch.no_grad():
         finite = bool(torch.isfinite(model(input_ids=torch.arange(8)[None]).logits).all())
@@ -163,12 +64,14 @@ def main(
         if name == "load":
             load(Path(source))
         else:
-            compress(Path(source), Path(rest[0]), params, on_data)
+            sequences = SEQUENCES if on_data else 0
+            facts = llama.compress(Path(source), Path(rest[0]), params, sequences, LENGTH)
+            print(json.dumps(facts))
         return
     room = Path(tempfile.mkdtemp(dir=folder))
     try:
         source, small = room / "dense", room / "small"
-        write_checkpoint(source, blocks)
+        llama.Llama().write(source, blocks)
         bytes_of_source = sum(path.stat().st_size for path in source.iterdir())
         options = [f"--params={params}", f"--threads={threads}"]
         options.append("--on-data" if on_data else "--no-on-data")

@@ -21,6 +21,7 @@ from rankfold.errors import (
 )
 from rankfold.fingerprint import weights_sha256
 from rankfold.from_disk import compress_from_disk
+from rankfold.from_disk.metric import InputsMetric
 from rankfold.from_disk.resident import FiledNetwork
 from rankfold.methods import LowRank, Moments, reduction
 from rankfold.shards import SINGLE, Shards
@@ -129,20 +130,20 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch) -> None:
     made = []
 
     def stopping(after):
-        fit = reduction.fit
+        factors = InputsMetric.factors
 
         def stopped(*given):
             if len(made) >= after:
                 raise KeyboardInterrupt
             made.append(given[1])
-            return fit(*given)
+            return factors(*given)
 
         return stopped
 
-    from rankfold.from_disk import factors, from_disk
+    from rankfold.from_disk import from_disk
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(factors.reduction, "fit", stopping(1))
+        patch.setattr(InputsMetric, "factors", stopping(1))
         run("small", 0.8)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".small*/factors/*.entry")}
     assert len(kept) == 1

@@ -169,3 +169,19 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
     for error in (float("inf"), float("nan"), torch.tensor([0.0, torch.inf])):
         with pytest.raises(TensorError, match=r"beyond what torch.float16 can hold"):
             Moments().loss_of(error, weight)
+
+
+@pytest.mark.parametrize("lacking", [0, 1, 5])
+def test_the_factor_of_the_inputs_has_an_inverse(lacking: int) -> None:
+    torch.manual_seed(0)
+    samples = torch.randn(12 - lacking, 12, dtype=torch.float64)
+    moment = samples.mT @ samples
+    factor, inverse = Moments(moment).input_factor
+    # Of a singular moment the least eigenvalues are raised to 1e-10 of the greatest.
+    torch.testing.assert_close(factor @ factor.mT, moment, rtol=0, atol=2e-10 * moment.norm())
+    torch.testing.assert_close(factor @ inverse, torch.eye(12).double(), rtol=0, atol=1e-9)
+    assert (factor.triu(1).abs().max() < 1e-12) == (lacking == 0)  # Cholesky's, or the root
+    assert Moments().input_factor is None
+    diagonal = torch.rand(12, dtype=torch.float64)
+    root, _ = Moments(diagonal).input_factor
+    torch.testing.assert_close(root @ root, diagonal.diag())

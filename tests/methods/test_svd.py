@@ -13,6 +13,7 @@ from rankfold.cost import count_parameters
 from rankfold.errors import TensorError
 from rankfold.layers import TiedLayers, TransposedLinear, TwoFactorEmbedding
 from rankfold.methods import METHODS, WEIGHT_METRIC, LowRank, Moments, Tucker2, reduction
+from rankfold.methods.svd import low_rank_factors
 
 
 def positive(size: int) -> torch.Tensor:
@@ -42,6 +43,37 @@ def test_an_embedding_is_a_linear_layer_of_one_hot_inputs(
     torch.testing.assert_close(found.mT, expected, rtol=1e-5, atol=1e-6)
     measured = ours.loss_of(ours.squared_error((found - layer.weight).detach().mT), found.mT)
     assert measured.item() == pytest.approx(losses[0], rel=1e-6, abs=1e-9)
+
+
+@given(
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 30),
+    st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_factors_up_to_a_rank_are_the_best_in_the_metric(
+    shape: tuple[int, int], inputs: bool, gradients: bool, lacking: int, data
+) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 100)))
+    rank = data.draw(st.integers(1, min(shape)))
+    weight = torch.randn(shape, dtype=torch.float64)
+    samples = torch.randn(max(1, shape[1] - lacking), shape[1], dtype=torch.float64)
+    moments = Moments(
+        samples.mT @ samples if inputs else None, positive(shape[0]) if gradients else None, 1.0
+    )
+    left, right, values = low_rank_factors(weight, moments, rank)
+    assert left.shape == (shape[0], rank) and right.shape == (rank, shape[1])
+    torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1))
+    error = moments.squared_error(weight - left @ right)
+    # No approximation of the rank does better than the values say (Eckart and Young 1936), whose
+    # squares are the eigenvalues of the whitened weight's Gram matrix.
+    gram = moments.times_gradients(moments.times_inputs(weight)) @ weight.mT
+    squares = torch.linalg.eigvals(gram).real.sort(descending=True).values[: len(values)]
+    whole = squares.sum().item()
+    torch.testing.assert_close(values.square(), squares.clamp_min(0), rtol=0, atol=1e-7 * whole)
+    assert error == pytest.approx(values[rank:].square().sum().item(), abs=1e-7 * whole)
 
 
 def test_frequent_tokens_are_kept_nearer() -> None:

@@ -14,16 +14,15 @@ from rankfold.analysis.candidates import AnalysedLayer, Candidate, below_break_e
 from rankfold.batches import Forward, all_finite
 from rankfold.cost import count_parameters, shape_of_call
 from rankfold.errors import CalibrationError, CheckpointError, ModelError
+from rankfold.from_disk.metric import InputsMetric
 from rankfold.from_disk.resident import FiledNetwork
 from rankfold.journal import FACTORS, Journal
 from rankfold.layers import as_linear, is_transposed_linear
-from rankfold.methods import WEIGHT_METRIC, LowRank, Moments, Spectrum, reduction
-from rankfold.methods.svd import LowRankFamily
+from rankfold.methods import WEIGHT_METRIC, LowRank, Spectrum, reduction
+from rankfold.methods.method import aligned_ranks
+from rankfold.methods.moments import losses_by_rank
+from rankfold.methods.svd import LowRankFamily, low_rank_factors, matrix_of
 from rankfold.progress import Progress
-
-# Of the mean eigenvalue of the inputs' moment, added so that it has a root.
-_DAMPING = 1e-6
-_ROWS = 4096  # of inputs whose products are summed at a time
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,15 @@ class Factors:
     shape: torch.Tensor  # int64: of the call that it was decomposed in
 
     @staticmethod
-    def of(family: LowRankFamily, greatest: int, shape: Sequence[int]) -> "Factors":
-        dtype = family.layer.weight.dtype
-        every = [1.0, *(family.loss((rank,)) for rank in range(1, greatest + 1))]
-        return Factors(
-            family.left[:, :greatest].mT.to(dtype).contiguous(),
-            family.right[:greatest].to(dtype).contiguous(),
-            family.singular_values.cpu(),
-            torch.tensor(every, dtype=torch.float64),
-            torch.tensor(shape),
-        )
+    def of(
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        dtype: torch.dtype,
+        shape: Sequence[int],
+    ) -> "Factors":
+        left, right, values = found
+        losses = losses_by_rank(values.square(), None)[: len(right) + 1]
+        left, right = (factor.to(dtype).contiguous() for factor in (left.mT, right))
+        return Factors(left, right, values.cpu(), losses, torch.tensor(shape))
 
     def family(self, layer: nn.Module, alignment: int) -> LowRankFamily:
         """What the method found for the layer, to build forms of it."""
@@ -63,6 +61,7 @@ class FiledFactors:
         self, network: FiledNetwork, journal: Journal, alignment: int, patterns: Sequence[str]
     ) -> None:
         self.network, self.journal, self.method = network, journal, LowRank(alignment=alignment)
+        self.inputs = InputsMetric()
         self.names = {module: name for name, module in network.model.named_modules()}
         self.reasons = {
             module: self._why_not(module, patterns)
@@ -78,7 +77,7 @@ class FiledFactors:
             for module in progress(missing, "decomposing"):
                 with self.network.resident(module):
                     shape = (1, 1) if isinstance(module, nn.Embedding) else (1, _inputs_of(module))
-                    self._decompose(module, WEIGHT_METRIC, shape)
+                    self._decompose(module, None, shape)
             return
         calls = self.journal.once(
             f"{FACTORS}/calls of all", lambda: self._run(batch, forward, able, missing, progress)
@@ -109,7 +108,7 @@ class FiledFactors:
                 next(ticks, None)
                 if module in missing:
                     shape = shape_of_call(module, inputs[0])
-                    self._decompose(module, self._moments(module, inputs[0]), shape)
+                    self._decompose(module, inputs[0], shape)
 
         self.network.run(batch, forward, visit)
         return {self.names[module]: calls[module] for module in able}
@@ -138,27 +137,25 @@ class FiledFactors:
             return "its weight is shared, which takes the whole network in memory"
         return reduction.why_not(self.method, module)
 
-    def _moments(self, module: nn.Module, inputs: torch.Tensor) -> Moments:
-        """Of inputs; every row of an embedding counts the same."""
-        if isinstance(module, nn.Embedding):
-            return WEIGHT_METRIC
-        if not all_finite(inputs):
-            raise CalibrationError(f"layer '{self.names[module]}' is given NaN or infinity")
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-        for part in rows.split(_ROWS):
-            total += part.double().mT @ part.double()
-        return Moments(total / max(1, len(rows))).damped(_DAMPING)
-
-    def _decompose(self, module: nn.Module, moments: Moments, shape: Sequence[int]) -> None:
-        name = self.names[module]
-        if not all_finite(module.get_parameter("weight")):
+    def _decompose(
+        self, module: nn.Module, inputs: torch.Tensor | None, shape: Sequence[int]
+    ) -> None:
+        """In the metric of its inputs; of weights alone without, as embeddings always are."""
+        name, weight = self.names[module], module.get_parameter("weight").detach()
+        if not all_finite(weight):
             raise ModelError(f"the weight of layer '{name}' holds NaN or infinity")
-        family = cast(LowRankFamily, reduction.fit(self.method, module, moments))
-        ranks = family.ranks()
+        ranks = [(rank,) for rank in aligned_ranks(min(weight.shape), self.method.alignment)]
         pay = below_break_even(module, self.method, ranks, [shape], _counts(module, shape))
         greatest = max((rank for (rank,) in pay), default=1)
-        made = Factors.of(family, greatest, shape)
+        seen = cast(Any, as_linear(module) if is_transposed_linear(module) else module)
+        matrix = matrix_of(seen)
+        if inputs is None or isinstance(module, nn.Embedding):
+            found = low_rank_factors(matrix, WEIGHT_METRIC, greatest)
+        else:
+            if not all_finite(inputs):
+                raise CalibrationError(f"layer '{name}' is given NaN or infinity")
+            found = self.inputs.factors(matrix, inputs, greatest)
+        made = Factors.of(found, weight.dtype, shape)
         self.journal.once(self._entry(module), lambda: made, asdict, _factors)
 
     def _analysed(self, module: nn.Module, reason: str | None) -> AnalysedLayer:

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 
 from rankfold.decompose import symmetric_roots
+from rankfold.decompose.symmetric import checked_symmetric
 from rankfold.errors import TensorError
 
 # Least over greatest eigenvalue of a moment whose inverse root is taken.
@@ -135,6 +136,20 @@ class Moments:
     def input_roots(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A^½ and A^-½."""
         return _roots(self.inputs)
+
+    @cached_property
+    def input_factor(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """R and R⁻¹ with A = R Rᵀ: by Cholesky, a tenth of the work of A^½, which stands in for it
+        where A is all but singular.
+        """
+        if self.inputs is None or self.inputs.dim() == 1:
+            return self.input_roots
+        lower, failed = torch.linalg.cholesky_ex(checked_symmetric(self.inputs))
+        pivots = lower.diagonal()
+        if failed or not (pivots.min() > _FLOOR**0.5 * pivots.max()):
+            return self.input_roots
+        identity = torch.eye(len(lower)).to(lower)
+        return lower, torch.linalg.solve_triangular(lower, identity, upper=False)
 
     def of_channels(self, channels: int) -> "Moments":
         """The same with the moment of the input channels alone: the mean over a kernel's places."""

@@ -18,6 +18,7 @@ from torch import nn
 from rankfold.decompose import svd
 from rankfold.decompose.decomposition import working_precision
 from rankfold.decompose.matrix import leading_eigenvectors
+from rankfold.decompose.unfolding import gram
 from rankfold.layers import (
     Dense,
     TiedLayers,
@@ -60,7 +61,7 @@ class LowRank:
         return why_not_dense(layer)
 
     def fit(self, layer: Dense | Lookup, moments: Moments) -> "LowRankFamily":
-        left, right, values = low_rank_factors(_matrix(layer), moments)
+        left, right, values = low_rank_factors(matrix_of(layer), moments)
         return LowRankFamily(layer, left, right, values, moments, self.alignment)
 
     def skeleton(self, layer: Dense | Lookup, rank: Rank) -> nn.Module:
@@ -90,7 +91,7 @@ class LowRankFamily:
         """Of each rank from 0 on: (full rank + 1,)."""
         energy = self.singular_values.square()
         beyond = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
-        return self.moments.loss_of(beyond, _matrix(self.layer))
+        return self.moments.loss_of(beyond, matrix_of(self.layer))
 
     def loss(self, rank: Rank) -> float:
         check_ranks(rank, self.left.shape[1:], self.layer)
@@ -108,38 +109,67 @@ class LowRankFamily:
 
 
 def low_rank_factors(
-    weight: torch.Tensor, moments: Moments
+    weight: torch.Tensor, moments: Moments, rank: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Left and right factors at full rank, balanced, and the singular values, in the metric."""
+    """Left and right factors, balanced, in the metric: up to a rank, or all; all singular values.
+
+    Of a weight (out, in, *kernel): (out, rank), (rank, in * kernel size) and (full rank,).
+    """
     weight = working_precision(weight)
     if moments.is_plain:
         plain = svd(weight.flatten(1))
-        return *plain.balanced(), plain.singular_values.double()
+        left, right = plain.balanced()
+        return left[:, :rank], right[:rank], plain.singular_values.double()
     double = weight.double().flatten(1)
     rows, columns = double.shape
-    full = min(rows, columns)
     if rows <= columns or (moments.inputs is not None and len(moments.inputs) != columns):
         # Ŵ = G^-½ U Uᵀ G^½ W, with U of (G^½ W) A (G^½ W)ᵀ: A needs no root, let alone an inverse.
-        root, inverse = moments.output_roots or _identities(double, rows)
-        turned = root @ double
-        squares, u = leading_eigenvectors(
-            moments.times_inputs(turned.reshape(weight.shape)) @ turned.mT
-        )
-        left, right = inverse @ u[:, :full], u[:, :full].mT @ turned
+        root, inverse = moments.output_roots or (None, None)
+        turned = double if root is None else root @ double
+        seen = moments.times_inputs(turned.reshape(weight.shape)) @ turned.mT
+        left, right, values = _from_the_left(turned, seen, rank)
+        left = left if inverse is None else inverse @ left
     else:
-        root, inverse = moments.input_roots or _identities(double, columns)
-        turned = double @ root
-        squares, v = leading_eigenvectors(turned.mT @ moments.times_gradients(turned))
-        left, right = turned @ v, v.mT @ inverse
+        root, inverse = moments.input_factor or (None, None)
+        turned = double if root is None else double @ root
+        alike = moments.gradients is None
+        seen = gram(turned.mT) if alike else turned.mT @ moments.times_gradients(turned)
+        squares, v = leading_eigenvectors(seen)
+        values, v = squares.sqrt(), v[:, :rank]
+        left, right = turned @ v, v.mT if inverse is None else v.mT @ inverse
+    left, right = _balanced(left, right)
+    return left.to(weight.dtype), right.to(weight.dtype), values
+
+
+def low_rank_factors_of_outputs(
+    weight: torch.Tensor, outputs: torch.Tensor, rank: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `low_rank_factors` in the metric of the inputs, of which only the outputs are known.
+
+    `outputs` is E[y yᵀ] = W A Wᵀ, (out, out), float64, of y = W x without the bias: for fewer
+    outputs than inputs that is all that the metric comes to, and the moment A is never made.
+    """
+    weight = working_precision(weight)
+    left, right, values = _from_the_left(weight.double().flatten(1), outputs, rank)
+    left, right = _balanced(left, right)
+    return left.to(weight.dtype), right.to(weight.dtype), values
+
+
+def _from_the_left(
+    weight: torch.Tensor, seen: torch.Tensor, rank: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U and Uᵀ W up to a rank, and all singular values, of the moment W A Wᵀ."""
+    squares, u = leading_eigenvectors(seen)
+    full = min(weight.shape)
+    left = u[:, :full][:, :rank]
+    return left, left.mT @ weight, squares[:full].sqrt()
+
+
+def _balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product, with columns on the left as long as the rows on the right."""
     lengths = torch.linalg.vector_norm(left, dim=0), torch.linalg.vector_norm(right, dim=1)
     ratio = torch.where(lengths[0] * lengths[1] > 0, (lengths[1] / lengths[0]).sqrt(), 1)
-    left, right = left * ratio, right / ratio[:, None]
-    return left.to(weight.dtype), right.to(weight.dtype), squares[:full].sqrt()
-
-
-def _identities(like: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    identity = torch.eye(size, dtype=like.dtype, device=like.device)
-    return identity, identity
+    return left * ratio, right / ratio[:, None]
 
 
 def why_not_lookup(layer: nn.Embedding) -> str | None:
@@ -153,7 +183,7 @@ def why_not_lookup(layer: nn.Embedding) -> str | None:
     return "its weight is empty" if layer.weight.numel() == 0 else None
 
 
-def _matrix(layer: Dense | Lookup) -> torch.Tensor:
+def matrix_of(layer: Dense | Lookup) -> torch.Tensor:
     """What multiplies the inputs, one-hot ones of an embedding: (out, in, *kernel)."""
     weight = layer.weight.detach()
     return weight.mT if isinstance(layer, nn.Embedding | TiedLayers) else weight
