@@ -33,6 +33,7 @@ from rankfold import training
 from rankfold.cost import count_macs, count_parameters
 from rankfold.demo.network import SmallVGG
 from rankfold.nn import LowRankConv2d, SeparableConv2d
+from rankfold.recover import Precision
 from rankfold.replacement import put_in_place
 
 HERE = Path(__file__).parent
@@ -41,6 +42,7 @@ DOCUMENT = HERE.parent / "docs" / "training.md"
 WIDTH = 32
 IMAGES, BATCH = 16_000, 64
 EPOCHS, RATE = 4, 2e-3  # of training from scratch
+PRECISION: Precision = "bfloat16"  # of forward passes in training; weights are float32
 SEEDS = (0, 1, 2)
 THIRD = 1 / 3  # of each convolution's MACs
 DEEP = 1 / 6  # of the network's MACs
@@ -72,6 +74,7 @@ def train(
         epochs=epochs,
         patience=epochs,
         learning_rate=rate,
+        precision=PRECISION,
         seed=1000 * seed,
     )
 
@@ -175,6 +178,7 @@ def step_by_step(seed: int) -> nn.Module:
         loss_fn=nn.functional.cross_entropy,
         epochs=DEEP_EPOCHS // 3,
         learning_rate=DEEP_RATE,
+        precision=PRECISION,
         seed=1000 * seed,
     )
 
@@ -194,6 +198,7 @@ def learned(loss_metric: str) -> Callable[[int], nn.Module]:
             methods=METHODS,
             loss_metric=loss_metric,
             learning_rate=DEEP_RATE,
+            precision=PRECISION,
             seed=1000 * seed,
         )
         train(found.model, seed, DEEP_EPOCHS - rounds, DEEP_RATE)

@@ -83,7 +83,7 @@ def run_one(experiment: Experiment, path: Path) -> dict[str, Any]:
     teacher = demo.make_model().to(memory_format=torch.channels_last)
     model = network(experiment, path)
     example = demo.make_data()[0]
-    recover = partial(rankfold.recover, teacher=teacher)
+    recover = partial(rankfold.recover, teacher=teacher, precision="bfloat16")
     first, last = (
         {"epochs": epochs, "patience": epochs, "learning_rate": rate}
         for epochs, rate in zip(EPOCHS, LEARNING_RATES, strict=True)

@@ -49,11 +49,12 @@ def test_what_comes_out_is_saved_and_loaded_as_of_the_original(tmp_path) -> None
     assert torch.equal(again(make_data()[0]), small(make_data()[0]))
 
 
-def test_one_step_is_factorize_and_recover() -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_one_step_is_factorize_and_recover(precision) -> None:
     model, data = make_model(), make_data()
-    small = gradually(model, data, macs=0.4, steps=1, epochs=1)
+    small = gradually(model, data, macs=0.4, steps=1, epochs=1, precision=precision)
     expected = rankfold.factorize(model, rankfold.analyze(model, data).plan(macs=0.4))
-    rankfold.recover(expected, data, teacher=model, epochs=1)
+    rankfold.recover(expected, data, teacher=model, epochs=1, precision=precision)
     for name, value in expected.state_dict().items():
         assert torch.equal(small.state_dict()[name], value)
 

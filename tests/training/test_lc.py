@@ -180,6 +180,21 @@ def test_what_comes_out_is_recovered_saved_and_loaded(tmp_path) -> None:
     assert torch.equal(again(data[0]), learned.eval()(data[0]))
 
 
+def test_training_is_in_the_precision_that_is_asked_for() -> None:
+    model, data = make_model(), make_labelled()
+    seen = set()
+
+    def loss_fn(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        # Losses are taken in float32; what bfloat16 could hold are the outputs that it made.
+        seen.add(bool(torch.equal(outputs, outputs.bfloat16().float())))
+        return cross_entropy(outputs, labels)
+
+    for precision in ("float32", "bfloat16"):
+        seen.clear()
+        learn_ranks(model, data, macs=0.5, loss_fn=loss_fn, rounds=1, precision=precision)
+        assert seen == {precision == "bfloat16"}
+
+
 def test_overrides_settle_single_layers() -> None:
     overrides = Overrides(keep=["stem"], force={"head": "svd"}, greatest_rank={"head": 16})
     for asked in ({"macs": 0.6}, {"price": 0.3}):

@@ -20,7 +20,7 @@ from rankfold.methods import Methods, ProjectUnits, RemoveUnits, make_methods
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.record import attach_record, record_of
-from rankfold.recover import LossFunction, Penalty, Schedule, recover
+from rankfold.recover import LossFunction, Penalty, Precision, Schedule, recover
 from rankfold.request import beyond_defaults, request
 from rankfold.training.dense import dense_again
 
@@ -49,6 +49,7 @@ def gradually(
     epochs: int = 2,
     learning_rate: float = 3e-4,
     schedule: Schedule = "cosine",
+    precision: Precision = "float32",
     seed: int = 0,
     journal: Journal | Pathlike | None = None,
     progress: Progress = silent,
@@ -93,6 +94,7 @@ def gradually(
         "epochs": epochs,
         "learning_rate": learning_rate,
         "schedule": schedule,
+        "precision": precision,
         "seed": seed,
     }
 

@@ -36,7 +36,7 @@ from rankfold.layers import CONVOLUTIONS, TRANSPOSED
 from rankfold.methods import Family, Methods, Moments, Rank, reduction
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
-from rankfold.recover import LossFunction, recover
+from rankfold.recover import LossFunction, Precision, recover
 from rankfold.request import beyond_defaults, request
 from rankfold.training.dense import dense_again
 from rankfold.unfusing import unfuse
@@ -87,6 +87,7 @@ def learn_ranks(
     overrides: Overrides = _NO_OVERRIDES,
     forward: Forward = run,
     learning_rate: float = 3e-4,
+    precision: Precision = "float32",
     seed: int = 0,
     journal: Journal | Pathlike | None = None,
     progress: Progress = silent,
@@ -97,7 +98,8 @@ def learn_ranks(
     exactly, or a `price`: the paper's λ, what the whole dense network's `cost` ("params", "macs" or
     "memory") is worth in the unit of the loss. Each of the `rounds` trains the whole weights for so
     many `epochs` with `recover`, on labels (`loss_fn`), towards a `teacher`, or both; the pull's μ
-    is `stiffness` first and grows by the factor `growth`. `multipliers` adds those of the augmented
+    is `stiffness` first and grows by the factor `growth`; `precision` is that of the forward pass
+    in training, as in `recover`. `multipliers` adds those of the augmented
     Lagrangian, which close the gap between W and Θ at a lesser μ, if rounds are long enough for
     the training to follow.
 
@@ -141,6 +143,7 @@ def learn_ranks(
         asked = {"rounds": rounds, "stiffness": stiffness, "growth": growth, "layers": layers}
         asked |= {"methods": methods, "loss_metric": loss_metric, "multipliers": multipliers}
         asked |= {"overrides": overrides, "price": price, "cost": cost, "seed": seed}
+        asked |= {"precision": precision}
         about = request(model, {"data": data}, beyond_defaults(learn_ranks, asked | budgets))
         if teacher is not None:
             about["teacher"] = request(teacher, {}, {})["model"]
@@ -167,6 +170,7 @@ def learn_ranks(
                 penalty=_Pull(mu, scales, _moved(at.targets, at.shifts)),
                 # Not those that do best: these are pulled away from.
                 keep="last",
+                precision=precision,
                 validation=validation,
                 seed=seed + index * (epochs + 1),
                 checkpoint=book.sound(f"{_ROUNDS}/training-{index}.entry"),
