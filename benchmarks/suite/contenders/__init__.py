@@ -1,9 +1,10 @@
 """What competes, by name: modules with `PACKAGES`, `why_not(model)` and `compress(case, share)`.
 
 `compress` gives a network of about a share of the MACs, before recovery, and its module is all that
-a user would have to write: its lines are counted. A module may say `SHARES`, where it cannot be
-asked for those of the case; `TRAINED = False` of what cannot be recovered; and `baseline(model,
-case)`, the dense network in the runtime that the compressed one is for, beside which it is timed.
+a user would have to write: its lines are counted, with those of the module that it `BUILDS_ON`, if
+there is one. A module may say `SHARES`, where it cannot be asked for those of the case; `TRAINED =
+False` of what cannot be recovered; and `baseline(model, case)`, the dense network in the runtime
+that the compressed one is for, beside which it is timed.
 """
 
 import ast
@@ -26,6 +27,7 @@ NAMES = (
     "tensorly_torch",
     "torch_pruning",
     "aimet",
+    "aimet_weight_svd",
     "onnx_int8",
 )
 
@@ -56,7 +58,7 @@ def find(name: str) -> Contender | str:
         getattr(module, "baseline", lambda model, case: model),
         getattr(module, "SHARES", None),
         getattr(module, "TRAINED", True),
-        _lines_of(module),
+        sum(map(_lines_of, filter(None, (module, getattr(module, "BUILDS_ON", None))))),
         versions,
     )
 
@@ -64,7 +66,7 @@ def find(name: str) -> Contender | str:
 def _lines_of(module: ModuleType) -> int:
     """Of code, without what only the suite asks for."""
     tree = ast.parse(inspect.getsource(module))
-    ours = ("NAME", "PACKAGES", "DISTRIBUTIONS", "SHARES", "why_not", "baseline")
+    ours = ("NAME", "PACKAGES", "DISTRIBUTIONS", "SHARES", "BUILDS_ON", "why_not", "baseline")
     return sum(
         (node.end_lineno or node.lineno) - node.lineno + 1
         for node in tree.body[1:]
