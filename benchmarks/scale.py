@@ -37,7 +37,8 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        return f"{self.features} features, {self.blocks} blocks, {self.tokens} tokens"
+        blocks = "1 block" if self.blocks == 1 else f"{self.blocks} blocks"
+        return f"{self.features} features, {blocks}, {self.tokens} tokens"
 
     @property
     def network(self) -> Llama:
