@@ -88,7 +88,13 @@ class BlockTerm:
         saving = (layer.weight.numel() - 1) // block
         candidates = [(count,) for count in range(1, min(saving, limit - 1) + 1)]
         return SampledFamily(
-            layer, moments, [*candidates, (limit,)], (limit,), fit.refined, fit.drafted
+            layer,
+            moments,
+            [*candidates, (limit,)],
+            (limit,),
+            fit.refined,
+            fit.drafted,
+            exact=True,  # all pairs of groups are the tensor, and far too many to fit for that
         )
 
     def skeleton(self, layer: nn.Linear | Convolution, rank: Rank) -> nn.Module:
