@@ -98,7 +98,7 @@ class Watched:
 def compress(
     source: Path, target: Path, params: float, sequences: int, length: int
 ) -> dict[str, Any]:
-    """From disk to disk, in this process: seconds of layers and of parts, peak of memory.
+    """From disk to disk, in this process: seconds of each layer and of planning, peak of memory.
 
     On so many sequences of random tokens; on none by weights alone.
     """
@@ -108,7 +108,7 @@ def compress(
     from rankfold.pretrained import empty_pretrained
 
     layers: dict[str, list[float]] = defaultdict(list)
-    parts: dict[str, float] = defaultdict(float)
+    planning: list[float] = []
     decompose, plan_of = FiledFactors._decompose, Analysis.plan
 
     def decomposed(self: Any, module: Any, *rest: Any) -> None:
@@ -119,13 +119,8 @@ def compress(
     def planned(*given: Any, **options: Any) -> Any:
         start = time.perf_counter()
         plan = plan_of(*given, **options)
-        parts["planning"] = time.perf_counter() - start
+        planning.append(time.perf_counter() - start)
         return plan
-
-    def watched_parts(work: Any, description: str, total: int | None = None) -> Any:
-        start = time.perf_counter()
-        yield from work
-        parts[description] = time.perf_counter() - start
 
     FiledFactors._decompose = decomposed  # type: ignore[method-assign]
     Analysis.plan = planned  # type: ignore[method-assign]
@@ -140,13 +135,12 @@ def compress(
         data=[{"input_ids": ids}] if sequences else None,
         layers="model.layers.*",
         force=True,
-        progress=watched_parts,
     )
     return {
         "seconds": time.perf_counter() - start,
         "peak": watched.end(),
         "layers": dict(layers),
-        "parts": dict(parts),
+        "planning": sum(planning),
         "parameters": [plan.before.parameters, plan.after.parameters],
         "factorized": len(plan.factorized),
     }

@@ -106,7 +106,7 @@ def _row(experiment: Experiment, row: dict[str, Any]) -> tuple[str, ...]:
         str(count),
         f"{experiment.blocks * experiment.network.of_a_block / 1e6:.0f} M",
         f"{decomposing(row):.1f} s",
-        f"{row['parts']['planning']:.2f} s",
+        f"{row['planning']:.2f} s",
         f"{row['seconds']:.1f} s",
         f"{row['peak'] / GIGABYTE:.2f} GB",
     )
@@ -131,8 +131,8 @@ def extrapolated(rows: dict[str, Any]) -> str:
     return (
         f"A block of {LARGEST.features} features would take {block / 60:.0f} minutes and "
         f"{memory / GIGABYTE:.0f} GB, the {size / 1e9:.0f} billion parameters of "
-        f"{LARGEST_BLOCKS} such blocks {LARGEST_BLOCKS * block / 3600:.0f} hours and no more "
-        f"memory. Of {WIDTHS[-1].features} features the same rule says {known:.0f} s, where "
+        f"{LARGEST_BLOCKS} such blocks {LARGEST_BLOCKS * block / 3600:.0f} hours and hardly "
+        f"more memory. Of {WIDTHS[-1].features} features the same rule says {known:.0f} s, where "
         f"{seconds[-1]:.0f} s were measured."
     )
 

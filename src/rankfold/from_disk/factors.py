@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,9 +48,8 @@ class Factors:
 
     def family(self, layer: nn.Module, alignment: int) -> LowRankFamily:
         """What the method found for the layer, to build forms of it."""
-        seen = cast(Any, as_linear(layer) if is_transposed_linear(layer) else layer)
         return LowRankFamily(
-            seen, self.left.mT, self.right, self.singular_values, WEIGHT_METRIC, alignment
+            _seen(layer), self.left.mT, self.right, self.singular_values, WEIGHT_METRIC, alignment
         )
 
 
@@ -147,8 +146,7 @@ class FiledFactors:
         ranks = [(rank,) for rank in aligned_ranks(min(weight.shape), self.method.alignment)]
         pay = below_break_even(module, self.method, ranks, [shape], _counts(module, shape))
         greatest = max((rank for (rank,) in pay), default=1)
-        seen = cast(Any, as_linear(module) if is_transposed_linear(module) else module)
-        matrix = matrix_of(seen)
+        matrix = matrix_of(_seen(module))
         if inputs is None or isinstance(module, nn.Embedding):
             found = low_rank_factors(matrix, WEIGHT_METRIC, greatest)
         else:
@@ -202,6 +200,11 @@ def _factors(stored: dict[str, torch.Tensor]) -> Factors:
         return Factors(**stored)
     except TypeError as error:
         raise CheckpointError(f"an entry holds other things than factors: {error}") from error
+
+
+def _seen(layer: nn.Module) -> Any:
+    """A layer as the method sees it."""
+    return as_linear(layer) if is_transposed_linear(layer) else layer
 
 
 def _inputs_of(module: nn.Module) -> int:

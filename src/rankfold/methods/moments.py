@@ -139,9 +139,7 @@ class Moments:
 
     @cached_property
     def input_factor(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """R and R⁻¹ with A = R Rᵀ: by Cholesky, a tenth of the work of A^½, which stands in for it
-        where A is all but singular.
-        """
+        """R and R⁻¹ with A = R Rᵀ: Cholesky's, or A^½, more work, where A is near singular."""
         if self.inputs is None or self.inputs.dim() == 1:
             return self.input_roots
         lower, failed = torch.linalg.cholesky_ex(checked_symmetric(self.inputs))
