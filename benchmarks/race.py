@@ -91,8 +91,10 @@ def machine() -> dict[str, str]:
         "scikit-learn",
         "numpy",
     )
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "processor": _processor(),
+        **gpu,
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},

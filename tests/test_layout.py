@@ -19,9 +19,9 @@ FLOORS = [
     {"layers"},
     {"methods", "nn"},
     {
-        *("plan", "knapsack", "batches", "fingerprint", "cost", "replacement", "unfusing"),
-        *("copies", "merging", "narrowing", "runtime", "pretrained", "processes"),
-        *("journal", "request"),
+        *("plan", "knapsack", "batches", "clock", "outputs", "fingerprint", "cost"),
+        *("replacement", "unfusing", "copies", "merging", "narrowing", "runtime"),
+        *("pretrained", "processes", "journal", "request"),
     },
     {"analysis", "measure"},
     {"distances"},

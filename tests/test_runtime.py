@@ -20,6 +20,11 @@ def is_installed(name: str) -> bool:
 INSTALLED = [name for name in RUNTIMES if is_installed(name)]
 
 
+def device_of(name: str) -> torch.device:
+    """That a runtime is for."""
+    return torch.device("cuda" if name == "cuda-graph" else "cpu")
+
+
 class Nested(nn.Module):
     """Outputs in a mapping, one of them in a tuple; takes arguments by name."""
 
@@ -34,7 +39,8 @@ class Nested(nn.Module):
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_outputs_are_the_models_own(name) -> None:
-    model, batch = make_model().train(), make_data()[0]
+    device = device_of(name)
+    model, batch = make_model().train().to(device), make_data()[0].to(device)
     ready = prepare(model, batch, run, name)
     assert model.training
     with torch.no_grad():
@@ -45,8 +51,9 @@ def test_outputs_are_the_models_own(name) -> None:
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_nested_outputs_and_named_inputs(name) -> None:
-    model = Nested().eval()
-    batch = {"x": torch.randn(3, 6), "scale": torch.tensor(2.0)}
+    device = device_of(name)
+    model = Nested().eval().to(device)
+    batch = {"x": torch.randn(3, 6, device=device), "scale": torch.tensor(2.0, device=device)}
     with torch.no_grad():
         found = run(prepare(model, batch, run, name), batch)
         torch.testing.assert_close(found, model(**batch))
@@ -54,7 +61,9 @@ def test_nested_outputs_and_named_inputs(name) -> None:
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_recurrent_layers_with_their_tuples(name) -> None:
-    model, batch = nn.LSTM(5, 7, bidirectional=True).eval(), torch.randn(4, 2, 5)
+    device = device_of(name)
+    model = nn.LSTM(5, 7, bidirectional=True).eval().to(device)
+    batch = torch.randn(4, 2, 5, device=device)
     with torch.no_grad():
         torch.testing.assert_close(prepare(model, batch, run, name)(batch), model(batch))
 
@@ -77,7 +86,7 @@ def test_many_modules_of_one_kind_are_all_compiled() -> None:
 
 
 def test_unknown_and_missing_runtimes_are_refused(monkeypatch) -> None:
-    with pytest.raises(DeviceError, match="there are eager, compile, onnxruntime"):
+    with pytest.raises(DeviceError, match="there are eager, compile, cuda-graph, onnxruntime"):
         check_runtime("tensorrt")
     monkeypatch.setattr(runtime, "find_spec", lambda name: None)
     with pytest.raises(DeviceError, match=r"pip install 'rankfold\[onnx\]'"):
@@ -111,3 +120,25 @@ def test_a_model_called_twice_for_a_batch_cannot_be_exported() -> None:
 def test_versions_tell_runtimes_apart(name) -> None:
     assert len({version_of(one) for one in INSTALLED}) == len(INSTALLED) >= 3
     assert any(character.isdigit() for character in version_of(name))
+
+
+def test_a_graph_is_refused_where_there_is_no_cuda_device(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="torch sees none"):
+        check_runtime("cuda-graph")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(DeviceError, match="for models on a CUDA device"):
+        prepare(make_model(), make_data()[0], run, "cuda-graph")
+
+
+@pytest.mark.skipif("cuda-graph" not in INSTALLED, reason="needs a CUDA device")
+def test_a_graph_takes_new_inputs_of_the_same_shapes_alone() -> None:
+    model, batches = make_model().cuda(), [batch.cuda() for batch in make_data()]
+    with torch.no_grad():
+        ready = prepare(model, batches[0], run, "cuda-graph")
+        for batch in batches[1:3]:
+            torch.testing.assert_close(ready(batch), model(batch), rtol=1e-3, atol=1e-4)
+        with pytest.raises(ModelError, match="shape"):
+            ready(batches[0][:1])
+        with pytest.raises(ModelError, match="arguments"):
+            ready(images=batches[0])

@@ -19,15 +19,19 @@ from rankfold.batches import (
     Forward,
     device_of,
     run,
-    run_or_explain,
-    tensors_of,
     to_device,
     uncompiled,
 )
 from rankfold.copies import copy_of
 from rankfold.errors import ModelError, PlanError
 from rankfold.merging import Pair, channel_dimension, is_layer, is_norm, merge_pairs, merged
+from rankfold.outputs import check_same, outputs_of
 from rankfold.record import attach_record, record_of
+
+_OTHERS = (
+    "the merged network gives other outputs: something reads what is between two layers, or a "
+    "weight, in a way that was not seen"
+)
 
 
 def fold_batch_norms(model: nn.Module, example: Any, *, forward: Forward = run) -> nn.Module:
@@ -72,9 +76,9 @@ def _merge(
     batch = to_device(example, device_of(small))
     pairs = tuple(_pairs(small, _watch(small, batch, forward), wanted))
     # Of the unwatched network: hooks keep some of torch's modules off their fast path.
-    outputs = _outputs(small, batch, forward)
+    outputs = outputs_of(small, batch, forward)
     small = merge_pairs(small, pairs)
-    _check_same(outputs, _outputs(small, batch, forward))
+    check_same(outputs, outputs_of(small, batch, forward), 1 / 3, _OTHERS)
     try:
         record = record_of(model)
     except PlanError:  # not made by rankfold
@@ -110,20 +114,11 @@ def _watch(model: nn.Module, batch: Any, forward: Forward) -> Readers:
 
     try:
         with uncompiled():
-            _outputs(model, batch, watched)
+            outputs_of(model, batch, watched)
     finally:
         for hook in readers.hooks:
             hook.remove()
     return readers
-
-
-def _outputs(model: nn.Module, batch: Any, forward: Forward) -> Any:
-    """What the model gives; one that draws random numbers draws the same each time."""
-    device = device_of(model)
-    devices = [] if device.type == "cpu" else [device]
-    with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type):
-        torch.manual_seed(0)
-        return run_or_explain(forward, model, batch, 0)
 
 
 def _pairs(
@@ -172,18 +167,3 @@ def _of_one_axis(first: nn.Module, second: nn.Module, readers: Readers) -> bool:
         if is_norm(norm) and is_layer(layer):
             return readers.dimensions[norm] == {channel_dimension(layer)}
     return True
-
-
-def _check_same(before: Any, after: Any) -> None:
-    """Raise ModelError if outputs differ by more than rounding can explain."""
-    for one, other in zip(tensors_of(before), tensors_of(after), strict=True):
-        allowed = torch.finfo(one.dtype).eps ** (1 / 3)
-        norm = one.double().nan_to_num(0, 0, 0).norm()
-        same = one.shape == other.shape and (
-            torch.where(one == other, 0, one.double() - other.double()).norm() <= allowed * norm
-        )
-        if not same:
-            raise ModelError(
-                "the merged network gives other outputs: something reads what is between two "
-                "layers, or a weight, in a way that was not seen"
-            )

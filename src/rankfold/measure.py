@@ -3,7 +3,6 @@
 import gc
 import math
 import statistics
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from rankfold.batches import (
     split_batch,
     tensors_of,
 )
+from rankfold.clock import mark, seconds_between, wait
 from rankfold.copies import copy_of
 from rankfold.cost import count_macs, count_parameters
 from rankfold.errors import CalibrationError, ModelError, RankfoldError
@@ -354,10 +354,9 @@ def _bytes(model: nn.Module) -> int:
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     wait(device)
-    start = time.perf_counter()
+    start = mark(device)
     call()
-    wait(device)
-    return time.perf_counter() - start
+    return seconds_between(start, mark(device))
 
 
 def _warm_up(call: Callable[[], Any], device: torch.device) -> float:
@@ -365,9 +364,3 @@ def _warm_up(call: Callable[[], Any], device: torch.device) -> float:
     for _ in range(2):
         call()
     return max(_seconds(call, device), 1e-9)
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -1,4 +1,4 @@
-"""Ways to run a network: as it is, compiled, or exported to another runtime.
+"""Ways to run a network: as it is, compiled, as a CUDA graph, or exported to another runtime.
 
 What is fast in one is not always fast in another, so times are taken in the one that will be used.
 """
@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils import _pytree
 
 from rankfold.batches import Forward, device_of, run_or_explain, running
-from rankfold.errors import DeviceError, ModelError
+from rankfold.errors import DeviceError, ModelError, RankfoldError
 
-Runtime = Literal["eager", "compile", "onnxruntime", "openvino"]
+Runtime = Literal["eager", "compile", "cuda-graph", "onnxruntime", "openvino"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 _PACKAGES = {
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
@@ -30,9 +30,11 @@ _EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 
 
 def check_runtime(runtime: str) -> None:
-    """Raise DeviceError unless there is such a runtime and what it needs is installed."""
+    """Raise DeviceError unless there is such a runtime and what it needs is here."""
     if runtime not in RUNTIMES:
         raise DeviceError(f"no runtime '{runtime}'; there are {', '.join(RUNTIMES)}")
+    if runtime == "cuda-graph" and not torch.cuda.is_available():
+        raise DeviceError("the runtime cuda-graph needs a CUDA device, and torch sees none")
     missing = [name for name in _PACKAGES.get(runtime, ()) if find_spec(name) is None]
     if missing:
         raise DeviceError(
@@ -72,12 +74,20 @@ def prepare(model: nn.Module, batch: Any, forward: Forward, runtime: Runtime) ->
                 compiled: Any = torch.compile(model, dynamic=False)
                 run_or_explain(forward, compiled, batch, 0)  # compiles
                 return compiled
+            if runtime == "cuda-graph":
+                return _captured(model, batch, forward)
             return _exported(model, batch, forward, runtime)
-        except ModelError:
+        except RankfoldError:
             raise
         except Exception as error:
             line = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise ModelError(f"the model cannot be run by {runtime}: {line:.200}") from error
+
+
+def _captured(model: nn.Module, batch: Any, forward: Forward) -> nn.Module:
+    if device_of(model).type != "cuda":
+        raise DeviceError("the runtime cuda-graph is for models on a CUDA device")
+    return GraphNetwork(model, call_of(model, batch, forward))
 
 
 def _exported(model: nn.Module, batch: Any, forward: Forward, runtime: Runtime) -> nn.Module:
@@ -147,6 +157,49 @@ def _quiet(logger: str) -> Iterator[None]:
         yield
     finally:
         log.setLevel(before)
+
+
+class GraphNetwork(nn.Module):
+    """A model's kernels, recorded once and launched together, for inputs of the same shapes.
+
+    What is small takes as long to launch as to do, kernel by kernel. The outputs are the graph's
+    own and stay as they are until it is run again.
+    """
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        super().__init__()
+        leaves, self.nesting = _pytree.tree_flatten((call.args, call.kwargs))
+        self.given = [one.clone() if isinstance(one, torch.Tensor) else one for one in leaves]
+        args, kwargs = _pytree.tree_unflatten(self.given, self.nesting)
+        # What is allocated and chosen on first use must not be recorded.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                model(*args, **kwargs)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = model(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ModelError for other inputs than those of the recording."""
+        leaves, nesting = _pytree.tree_flatten((args, kwargs))
+        if nesting != self.nesting:
+            raise ModelError("a CUDA graph takes the arguments that it was recorded with")
+        for kept, new in zip(self.given, leaves, strict=True):
+            if not isinstance(kept, torch.Tensor):
+                if kept != new:
+                    raise ModelError(f"a CUDA graph recorded with {kept!r} was given {new!r}")
+            elif kept.shape != new.shape or kept.dtype != new.dtype:
+                raise ModelError(
+                    f"a CUDA graph recorded for {kept.dtype} of shape {tuple(kept.shape)} was "
+                    f"given {new.dtype} of shape {tuple(new.shape)}"
+                )
+            else:
+                kept.copy_(new)
+        self.graph.replay()
+        return self.outputs
 
 
 class FileNetwork(nn.Module):

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from rankfold.analysis import in_context
 from rankfold.analysis.in_context import milliseconds_in_place, milliseconds_inside
 
 CPU = torch.device("cpu")
@@ -21,7 +20,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(in_context, "time", clock)
+    monkeypatch.setattr("rankfold.clock.time", clock)
     return clock
 
 

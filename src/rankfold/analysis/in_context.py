@@ -6,14 +6,13 @@ layer and taken for all ranks of the method.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from rankfold.measure import wait
+from rankfold.clock import Mark, mark, seconds_between
 
 _RUNS = 5  # of the network, after one that is not counted
 
@@ -52,24 +51,22 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.started = self.spent = 0.0
+        self.marks: list[Mark] = []
 
     def start(self, *_: Any) -> None:
-        wait(self.device)
-        self.started = time.perf_counter()
+        self.marks.append(mark(self.device))
 
-    def stop(self, *_: Any) -> None:
-        wait(self.device)
-        self.spent += time.perf_counter() - self.started
+    stop = start
 
     def median(self, call: Callable[[], Any], hooks: Sequence[Any]) -> float:
         """Milliseconds of a run; the hooks are removed."""
         found = []
         try:
             for _ in range(1 + _RUNS):
-                self.spent = 0.0
+                self.marks = []
                 call()
-                found.append(self.spent)
+                pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
+                found.append(sum(seconds_between(start, stop) for start, stop in pairs))
         finally:
             for hook in hooks:
                 hook.remove()

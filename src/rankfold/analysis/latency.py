@@ -9,10 +9,9 @@ import copy
 import math
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from torch import nn
 from rankfold.analysis.in_context import milliseconds_in_place, milliseconds_inside
 from rankfold.analysis.timing_cache import TimingCache
 from rankfold.batches import Forward, device_of, run, running
+from rankfold.clock import mark, seconds_between
 from rankfold.cost import example_input
 from rankfold.layers import TiedLayers
-from rankfold.measure import latencies, wait, with_memory_format
+from rankfold.measure import latencies, with_memory_format
 from rankfold.merging import planned_form
 from rankfold.methods import Method, Rank
 from rankfold.progress import Progress, silent
@@ -36,6 +36,7 @@ _GRID = {1: 6, 2: 4}  # ranks timed per entry, by the number of entries; 3 for m
 _SLOW_GRID = {1: 4, 2: 3}  # where each has to be compiled or exported first
 _RUNS = (5, 60)
 _SECONDS = 0.04
+_TIMES_IN_GRAPH = 10
 _MUCH_FASTER = 0.85  # of the time in channels-last format: the network stays contiguous
 
 
@@ -233,8 +234,24 @@ class _Stopwatch:
         convolves = any(isinstance(module, nn.Conv2d) for module in ready.modules())
         if self.memory_format == "channels_last" and convolves and given.dim() == 4:
             given = given.to(memory_format=torch.channels_last)
+        # Of a layer by itself the launch of a graph may be most.
+        times = _TIMES_IN_GRAPH if self.runtime == "cuda-graph" else 1
+        again = _Again(ready, times) if times > 1 else ready
         with torch.no_grad():
-            return milliseconds(prepare(ready, given, run, self.runtime), given)
+            return milliseconds(prepare(again, given, run, self.runtime), given) / times
+
+
+class _Again(nn.Module):
+    """A layer, run so many times on the same."""
+
+    def __init__(self, layer: nn.Module, times: int) -> None:
+        super().__init__()
+        self.layer, self.times = layer, times
+
+    def forward(self, given: torch.Tensor) -> Any:
+        for _ in range(self.times):
+            output = self.layer(given)
+        return output
 
 
 def coarse_grid(
@@ -268,13 +285,14 @@ def milliseconds(layer: nn.Module, given: torch.Tensor) -> float:
     """
     device = given.device
 
-    def once() -> float:
-        start = time.perf_counter()
-        layer(given)
-        wait(device)
-        return time.perf_counter() - start
+    def intervals(runs: int) -> list[float]:
+        """Seconds of each call, one given right after the other."""
+        marks = [mark(device)]
+        for _ in range(runs):
+            layer(given)
+            marks.append(mark(device))
+        return [seconds_between(first, last) for first, last in pairwise(marks)]
 
-    once()
-    first = max(once(), 1e-7)
+    first = max(intervals(2)[-1], 1e-7)
     runs = min(max(math.ceil(_SECONDS / first), _RUNS[0]), _RUNS[1])
-    return 1e3 * statistics.quantiles([once() for _ in range(runs)], n=4)[0]
+    return 1e3 * statistics.quantiles(intervals(runs), n=4)[0]

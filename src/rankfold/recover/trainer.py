@@ -60,24 +60,22 @@ class Trainer:
         log: Log | None = None,
         shares: bool = False,
     ) -> None:
-        # Importing Accelerate takes a second, which only training should pay.
-        from accelerate import Accelerator
-
         self.shares = shares and processes.count() > 1
         device = device_for_shares(device_of(model)) if self.shares else device_of(model)
         trained = in_shares(model, device) if self.shares else model
         parameters = [p for p in trained.parameters() if p.requires_grad]
         if not parameters:
             raise RankfoldError("the model has no parameter that requires a gradient")
-        # Precision is this loop's own business: Accelerate would change the model's forward.
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        self.accelerator = _accelerator(device) if processes.count() > 1 else None
         self.model, self.objective, self.accumulation = model, objective, accumulation
         self.penalty, self.before_step, self.after_step = penalty, before_step, after_step
         self.log = log
         self.scaler = torch.amp.GradScaler(device.type, enabled=objective.autocast is torch.float16)
         optimizer = torch.optim.Adam(parameters, learning_rate)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        self.prepared = trained if self.shares else self.accelerator.prepare_model(model)
+        self.prepared = trained
+        if self.accelerator is not None and not self.shares:
+            self.prepared = self.accelerator.prepare_model(model)
         self.optimizer = optimizer
 
     @property
@@ -125,7 +123,12 @@ class Trainer:
         if not math.isfinite(mean):
             return mean
         self.scaler.unscale_(self.optimizer)
-        self.accelerator.clip_grad_norm_(self.prepared.parameters(), 1.0)
+        clip = (
+            nn.utils.clip_grad_norm_
+            if self.accelerator is None
+            else self.accelerator.clip_grad_norm_
+        )
+        clip(self.prepared.parameters(), 1.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         rate = float(self.schedule.get_last_lr()[0])
@@ -144,7 +147,9 @@ class Trainer:
         if self.shares:
             self.prepared.set_requires_gradient_sync(last)  # type: ignore[operator]
             return nullcontext()
-        return nullcontext() if last else self.accelerator.no_sync(self.prepared)
+        if last or self.accelerator is None:
+            return nullcontext()
+        return self.accelerator.no_sync(self.prepared)
 
     def distribute(self) -> None:
         """Train on from what the model's weights are now."""
@@ -179,6 +184,15 @@ class Trainer:
         )
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def _accelerator(device: torch.device) -> Any:
+    """Of several processes; one has no need of it, and would be held to one kind of device."""
+    # Importing Accelerate takes a second, which only such training should pay.
+    from accelerate import Accelerator
+
+    # Precision is this loop's own business: Accelerate would change the model's forward.
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 
 def make_schedule(name: Schedule, steps: int) -> Callable[[int], float]:

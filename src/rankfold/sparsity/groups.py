@@ -1,7 +1,7 @@
 """Groups of weights that can leave a network together."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
@@ -27,6 +27,9 @@ class Slices:
     name: str
     groups: torch.Tensor  # broadcasts to the parameter: the number of a group, or NO_GROUP
 
+    def to(self, device: torch.device) -> "Slices":
+        return replace(self, groups=self.groups.to(device))
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -49,6 +52,13 @@ class Groups:
     @property
     def count(self) -> int:
         return len(self.sizes)
+
+    def to(self, device: torch.device) -> "Groups":
+        """With its numbers there: a step would wait for each of them to be sent."""
+        measured, cleared = (
+            tuple(slices.to(device) for slices in one) for one in (self.measured, self.cleared)
+        )
+        return Groups(self.kind, self.sizes.to(device), measured, cleared)
 
 
 def find_groups(

@@ -51,7 +51,8 @@ class GroupLasso:
         batch = to_device(example, device_of(model))
         structure = find_structure(model, batch, forward)
         reach = zeros_reach_readers(model, structure, batch, forward)
-        self.groups = find_groups(model, structure, reach, over, layers)
+        found = find_groups(model, structure, reach, over, layers)
+        self.groups = tuple(groups.to(device_of(model)) for groups in found)
 
     def __call__(self, model: nn.Module, learning_rate: float) -> None:
         """Step, in place."""

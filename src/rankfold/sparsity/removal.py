@@ -11,13 +11,13 @@ from rankfold.copies import copy_of
 from rankfold.errors import PlanError
 from rankfold.layers import CONVOLUTIONS
 from rankfold.narrowing import Kept, Removal, narrow, trim_limits
+from rankfold.outputs import outputs_of
 from rankfold.record import attach_record, record_of
 from rankfold.sparsity.shadows import FIXED
 from rankfold.sparsity.structure import (
-    check_same,
+    check_unchanged,
     find_structure,
     indices,
-    outputs_of,
     with_one_each,
 )
 from rankfold.sparsity.watch import LayerChannels, NormChannels, Structure, rows_by_inputs
@@ -74,7 +74,7 @@ def find_zero_groups(model: nn.Module, example: Any, *, forward: Forward = run) 
     found += [_of_norm(norm, kept) for norm in structure.norms]
     removal = Removal(tuple(one for one in found if one != Kept(one.module)))
     small = narrow(copy_of(model), removal)
-    check_same(outputs_of(model, batch, forward), outputs_of(small, batch, forward))
+    check_unchanged(outputs_of(model, batch, forward), outputs_of(small, batch, forward))
     return removal
 
 

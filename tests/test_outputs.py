@@ -1,0 +1,56 @@
+import pytest
+import torch
+from torch import nn
+
+from rankfold.batches import run
+from rankfold.errors import ModelError
+from rankfold.outputs import check_same, outputs_of
+
+
+def test_outputs_are_in_eval_mode_and_repeat() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
+
+        def forward(self, tensor):
+            return self.layers(tensor) + torch.randn(4)
+
+    model, batch = Noisy().train(), torch.randn(5, 3)
+    state = torch.get_rng_state()
+    first, second = (outputs_of(model, batch, run) for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(torch.get_rng_state(), state)
+    assert model.training and not first.requires_grad
+    torch.manual_seed(0)
+    torch.testing.assert_close(first, model.layers[0](batch) + torch.randn(4))
+
+
+def test_tf32_is_as_it_was_afterwards_and_off_within() -> None:
+    seen = []
+
+    def forward(model, batch):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        raise ValueError("no")
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(ModelError, match="no"):
+        outputs_of(nn.Linear(2, 2), torch.randn(1, 2), forward)
+    assert seen == [(False, False)]
+    assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+
+
+def test_rounding_is_allowed_and_no_more() -> None:
+    one = {"a": torch.randn(20), "b": (torch.tensor([float("nan"), float("inf"), -2.0]),)}
+    near = {"a": one["a"] * (1 + 1e-5), "b": one["b"]}
+    check_same(one, near, 1 / 2, "others")
+    for far in (
+        {"a": one["a"] * (1 + 1e-2), "b": one["b"]},
+        {"a": one["a"][:, None], "b": one["b"]},
+        {"a": one["a"], "b": (torch.tensor([float("nan"), 5.0, -2.0]),)},
+        {"a": one["a"].clone().index_fill_(0, torch.tensor(3), float("nan")), "b": one["b"]},
+    ):
+        with pytest.raises(ModelError, match="others"):
+            check_same(one, far, 1 / 2, "others")
+    check_same(torch.zeros(3), torch.full((3,), 1e-6), 1 / 2, "others")
+    with pytest.raises(ModelError):
+        check_same(torch.zeros(3), torch.ones(3), 1 / 2, "others")
