@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,6 @@ from torch import nn
 import rankfold
 from rankfold.batches import map_tensors, run, to_device
 from rankfold.clock import mark, seconds_between
-from rankfold.cost import count_macs
 from rankfold.errors import RankfoldError
 from rankfold.measure import in_fastest_memory_format, latencies
 from rankfold.runtime import GraphNetwork, call_of, caller
@@ -36,7 +36,6 @@ sys.path.append(str(HERE.parent / "examples"))
 
 DEVICE = torch.device("cuda")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WAYS = ("eager", "graph", "compiled", "compiled, graph")
 TIME = 0.5  # asked for of the dense network's, as a CUDA graph
 ROWS = (64, 1024, 16384)
 SIZES = ((1024, 1024), (1024, 4096), (4096, 4096))  # inputs, outputs
@@ -104,69 +103,101 @@ def enlarged(batch: Any, copies: int) -> Any:
     return map_tensors(batch, lambda one: one.repeat(copies, *(one.dim() - 1) * [1]))
 
 
-def timed(dense: nn.Module, small: nn.Module, batch: Any) -> dict[str, dict[str, Any]]:
-    """Milliseconds of both, by dtype and way."""
-    found: dict[str, dict[str, Any]] = {}
+Calls = list[Callable[[], Any]]
+
+
+def eager(networks: list[nn.Module], batch: Any) -> Calls:
+    return [caller(one, batch, run, "eager") for one in networks]
+
+
+def graph(networks: list[nn.Module], batch: Any) -> Calls:
+    return [caller(one, batch, run, "cuda-graph") for one in networks]
+
+
+def compiled(networks: list[nn.Module], batch: Any) -> Calls:
+    torch.compiler.reset()
+    return eager([torch.compile(one, dynamic=False) for one in networks], batch)
+
+
+def compiled_graph(networks: list[nn.Module], batch: Any) -> Calls:
+    calls = [call_of(one, batch, run) for one in networks]
+    torch.compiler.reset()
+    fast: list[Any] = [torch.compile(one, dynamic=False) for one in networks]
+    return eager([GraphNetwork(one, call) for one, call in zip(fast, calls, strict=True)], batch)
+
+
+WAYS = {
+    "eager": eager,
+    "graph": graph,
+    "compiled": compiled,
+    "compiled, graph": compiled_graph,
+}
+
+
+def time_both(
+    dense: nn.Module,
+    small: nn.Module,
+    batch: Any,
+    found: dict[str, dict[str, Any]],
+    keep: Callable[[], None],
+) -> None:
+    """Milliseconds of both, by dtype and way, or why there are none; what is there is kept."""
     for name, dtype in DTYPES.items():
         given = of_dtype(batch, dtype)
         networks = [
             in_fastest_memory_format(copy.deepcopy(one).to(dtype), given, runtime="cuda-graph")
             for one in (dense, small)
         ]
-        found[name] = {}
-        for way, calls in ways(networks, given):
-            found[name][way] = latencies(calls, DEVICE, seconds=1.0)
-            print(name, way, found[name][way], flush=True)
-    return found
+        known = found.setdefault(name, {})
+        for way, make in WAYS.items():
+            if way in known:
+                continue
+            try:
+                known[way] = latencies(make(networks, given), DEVICE, seconds=1.0)
+            except RankfoldError as error:
+                known[way] = str(error)
+            print(name, way, known[way], flush=True)
+            keep()
 
 
-def ways(networks: list[nn.Module], batch: Any) -> Iterator[tuple[str, list[Callable[[], Any]]]]:
-    yield "eager", [caller(one, batch, run, "eager") for one in networks]
-    yield "graph", [caller(one, batch, run, "cuda-graph") for one in networks]
-    torch.compiler.reset()
-    compiled: list[Any] = [torch.compile(one, dynamic=False) for one in networks]
-    yield "compiled", [caller(one, batch, run, "eager") for one in compiled]
-    calls = [call_of(one, batch, run) for one in networks]
-    graphs = [GraphNetwork(one, call) for one, call in zip(compiled, calls, strict=True)]
-    yield "compiled, graph", [caller(one, batch, run, "eager") for one in graphs]
-
-
-def measured(name: str) -> dict[str, Any]:
+def measure(name: str, found: dict[str, Any], keep: Callable[[], None]) -> None:
     torch.manual_seed(0)
     network = NETWORKS[name]()
     model = network.model.to(DEVICE).eval()
     data = [to_device(batch, DEVICE) for batch in network.data]
     batch = enlarged(data[0], network.copies)
     dense = rankfold.fold_batch_norms(model, batch)
-    macs = macs_of(model, batch)
-    found: dict[str, Any] = {"rows": len(next(iter(tensors(batch))))}
-    analysis = rankfold.analyze(model, data)
-    small = rankfold.factorize(model, analysis.plan(macs=network.share))
-    with torch.no_grad():
-        found["by MACs"] = {
-            "MACs": macs / macs_of(small, batch),
-            "ms": timed(dense, rankfold.fold_batch_norms(small, batch), batch),
-        }
-    try:
-        small = rankfold.compress(
-            model, [batch, *data], latency=TIME, runtime="cuda-graph", epochs=0, test=[batch]
-        )
-    except RankfoldError as error:
-        found["by clock"] = str(error)
-        return found
-    plan = rankfold.record_of(small).plan
-    with torch.no_grad():
-        found["by clock"] = {
-            "MACs": macs / macs_of(small, batch),
-            "left": sum(entry.method is None for entry in plan.layers),
-            "layers": len(plan.layers),
-            "ms": timed(dense, rankfold.fold_batch_norms(small, batch), batch),
-        }
-    return found
+    found["rows"] = len(next(iter(tensors(batch))))
+    for how, make in {"by MACs": by_macs, "by clock": by_clock}.items():
+        if is_done(found.get(how, {})):
+            continue
+        try:
+            small = make(model, [batch, *data], network.share)
+        except RankfoldError as error:
+            found[how] = {"why not": str(error)}
+            keep()
+            continue
+        plan = rankfold.record_of(small).plan
+        row = found.setdefault(how, {"ms": {}})
+        row["MACs"] = plan.before.macs / plan.after.macs
+        row["left"] = sum(entry.method is None for entry in plan.layers)
+        with torch.no_grad():
+            time_both(dense, rankfold.fold_batch_norms(small, batch), batch, row["ms"], keep)
 
 
-def macs_of(model: nn.Module, batch: Any) -> int:
-    return count_macs(lambda: run(model, batch))
+def is_done(row: dict[str, Any]) -> bool:
+    known = row.get("ms", {})
+    return "why not" in row or all(way in known.get(name, {}) for name in DTYPES for way in WAYS)
+
+
+def by_macs(model: nn.Module, data: list[Any], share: float) -> nn.Module:
+    return rankfold.factorize(model, rankfold.analyze(model, data[1:]).plan(macs=share))
+
+
+def by_clock(model: nn.Module, data: list[Any], share: float) -> nn.Module:
+    return rankfold.compress(
+        model, data, latency=TIME, runtime="cuda-graph", epochs=0, test=data[:1]
+    )
 
 
 def tensors(batch: Any) -> Iterator[torch.Tensor]:
@@ -228,10 +259,7 @@ def main(
             ]
             save(out, facts)
         for name in only or NETWORKS:
-            if name not in facts["networks"]:
-                facts["networks"][name] = measured(name)
-                print(name, facts["networks"][name], flush=True)
-                save(out, facts)
+            measure(name, facts["networks"].setdefault(name, {}), partial(save, out, facts))
     write_document(facts)
 
 
@@ -239,17 +267,20 @@ def write_document(facts: dict[str, Any]) -> None:
     on = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
     header = ("network, batch", "MACs", "dtype", *WAYS)
     lines: list[tuple[str, ...]] = []
+    refused: list[str] = []
     for name, row in facts["networks"].items():
         for how, title in (("by MACs", "planned by MACs"), ("by clock", "planned by the clock")):
-            found = row[how]
+            found = row.get(how, {"why not": "not run"})
             what = f"{name}, {row['rows']}, {title}"
-            if isinstance(found, str):
-                lines.append((what, found, *(len(WAYS) + 1) * [""]))
+            if "why not" in found:
+                refused.append(f"{what}: {found['why not']}")
                 continue
             for dtype, ms in found["ms"].items():
                 first = (what, f"{found['MACs']:.1f}x less")
-                lines.append((*first, dtype, *(_shown(ms[way]) for way in WAYS)))
-    between_markers(DOCUMENT, "gpu", f"{markdown_table(header, lines)}\nMeasured on: {on}.\n")
+                lines.append((*first, dtype, *(_shown(ms.get(way, "not run")) for way in WAYS)))
+    text = f"{markdown_table(header, lines)}\nMeasured on: {on}.\n"
+    text += "".join(f"\n- {line}" for line in refused) + "\n"
+    between_markers(DOCUMENT, "gpu", text)
     if "linear" in facts:
         header = ("inputs x outputs", "rank (MACs)", *(f"{rows} rows" for rows in ROWS))
         lines = []
@@ -269,7 +300,9 @@ def write_document(facts: dict[str, Any]) -> None:
         between_markers(DOCUMENT, "gpu linear", markdown_table(header, lines))
 
 
-def _shown(milliseconds: list[float]) -> str:
+def _shown(milliseconds: list[float] | str) -> str:
+    if isinstance(milliseconds, str):
+        return milliseconds
     dense, ours = milliseconds
     return f"{dense:.2f} → {ours:.2f} ms: {dense / ours:.2f}x"
 
