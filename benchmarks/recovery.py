@@ -76,7 +76,8 @@ def crepe_case() -> Case:
 
     model, test = crepe.make_model(), crepe.make_test()
     analysis = rankfold.analyze(model, crepe.make_data(), methods=("tucker2", "svd", "separable"))
-    small = rankfold.factorize(model, analysis.plan(macs=0.2))
+    # Of a fifth of the MACs nothing is left to bring back: 99.9 % are right where 99.8 % were.
+    small = rankfold.factorize(model, analysis.plan(macs=0.05))
     frames = crepe.tones(12_000, seed=2)[0]
     data = list(frames.split(32))
     return Case(
