@@ -25,18 +25,36 @@ def test_outputs_are_in_eval_mode_and_repeat() -> None:
     torch.testing.assert_close(first, model.layers[0](batch) + torch.randn(4))
 
 
+PLACES = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+
+
+def state() -> list[str]:
+    return [place.fp32_precision for place in PLACES]
+
+
+@pytest.fixture(params=[None, ("ieee", "tf32", "tf32")])
+def _settings(request):
+    """As they are, and of several kinds: then torch does not tell them in its older way."""
+    before = state()
+    for place, value in zip(PLACES, request.param or before, strict=True):
+        place.fp32_precision = value
+    yield
+    for place, value in zip(PLACES, before, strict=True):
+        place.fp32_precision = value
+
+
+@pytest.mark.usefixtures("_settings")
 def test_tf32_is_as_it_was_afterwards_and_off_within() -> None:
     seen = []
 
     def forward(model, batch):
-        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        seen.append(state())
         raise ValueError("no")
 
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    before = state()
     with pytest.raises(ModelError, match="no"):
         outputs_of(nn.Linear(2, 2), torch.randn(1, 2), forward)
-    assert seen == [(False, False)]
-    assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    assert seen == [["ieee"] * 3] and state() == before
 
 
 def test_rounding_is_allowed_and_no_more() -> None:

@@ -48,10 +48,17 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
 @contextmanager
 def _all_digits() -> Iterator[None]:
     """Within: CUDA devices round no float32 to the ten binary digits of TF32."""
-    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolutions.allow_tf32, products.allow_tf32
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    places: tuple[Any, ...] = (cudnn, products)
+    name = "allow_tf32"
+    exact: bool | str = False
+    if hasattr(cudnn, "conv"):  # torch 2.9, which refuses to tell in the old way what is set so
+        places, name, exact = (cudnn.conv, cudnn.rnn, products), "fp32_precision", "ieee"
+    before = [getattr(place, name) for place in places]
     try:
-        convolutions.allow_tf32 = products.allow_tf32 = False
+        for place in places:
+            setattr(place, name, exact)
         yield
     finally:
-        convolutions.allow_tf32, products.allow_tf32 = before
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)

@@ -123,12 +123,8 @@ class Trainer:
         if not math.isfinite(mean):
             return mean
         self.scaler.unscale_(self.optimizer)
-        clip = (
-            nn.utils.clip_grad_norm_
-            if self.accelerator is None
-            else self.accelerator.clip_grad_norm_
-        )
-        clip(self.prepared.parameters(), 1.0)
+        by: Any = nn.utils if self.accelerator is None else self.accelerator
+        by.clip_grad_norm_(self.prepared.parameters(), 1.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         rate = float(self.schedule.get_last_lr()[0])
