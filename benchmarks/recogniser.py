@@ -13,11 +13,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
 import typer
+import where
 from race import between_markers, grouped, machine, markdown_table, save
 from torch import nn
 
@@ -42,24 +42,6 @@ METHODS = ("tucker2", "svd", "separable", "separable3", "full-rank", "fewer-unit
 STEPS = ("plan", "recover", "judge")  # and "further"
 CALIBRATED_ON = 1000  # words
 TESTED_ON = 1000
-WARM_UP, PROFILED = 5, 20  # runs
-KINDS = {
-    "convolutions": ("aten::mkldnn_convolution",),
-    "small convolutions": ("aten::_slow_conv2d_forward", "aten::thnn_conv2d"),
-    "LSTMs": ("aten::mkldnn_rnn_layer", "aten::lstm"),
-    "linear layers": ("aten::addmm", "aten::mm"),
-    "pooling": ("aten::max_pool2d_with_indices", "aten::_adaptive_avg_pool2d"),
-    "batch norm and ReLU": ("aten::native_batch_norm", "aten::clamp_min_"),
-}
-OTHER = "all else"
-# In ONNX Runtime, by the operator.
-ONNX_KINDS = {
-    "convolutions": ("Conv", "FusedConv"),
-    "LSTMs": ("LSTM",),
-    "linear layers": ("Gemm", "MatMul", "FusedMatMul", "FusedGemm"),
-    "pooling": ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean"),
-    "other layouts of numbers": ("ReorderInput", "ReorderOutput", "Transpose", "Reshape"),
-}
 
 
 def calibration() -> list[torch.Tensor]:
@@ -181,12 +163,12 @@ def judge(row: str) -> dict[str, Any]:
         found["times"] = {name: times(model, small, word, "eager") for name, word in words.items()}
         found["times"]["middle, ONNX Runtime"] = times(model, small, words["middle"], "onnxruntime")
         found["where"] = {
-            "dense": where_time_goes(model, words["middle"]),
-            "factorized": where_time_goes(small, words["middle"]),
+            "dense": where.in_eager_mode(model, words["middle"]),
+            "factorized": where.in_eager_mode(small, words["middle"]),
         }
         found["where, ONNX Runtime"] = {
-            "dense": where_onnx_time_goes(model, words["middle"]),
-            "factorized": where_onnx_time_goes(small, words["middle"]),
+            "dense": where.in_onnx_runtime(model, words["middle"]),
+            "factorized": where.in_onnx_runtime(small, words["middle"]),
         }
     return found
 
@@ -196,49 +178,6 @@ def times(dense: nn.Module, small: nn.Module, word: torch.Tensor, runtime: Runti
     networks = [in_fastest_memory_format(n, word, runtime=runtime) for n in (dense, small)]
     calls = [caller(network, word, run, runtime) for network in networks]
     return latencies(calls, torch.device("cpu"), seconds=5)
-
-
-def where_time_goes(network: nn.Module, word: torch.Tensor) -> dict[str, float]:
-    """Milliseconds in eager mode by kind of operator, each without the operators that it calls."""
-    ready = in_fastest_memory_format(network, word)
-    for _ in range(WARM_UP):
-        ready(word)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        for _ in range(PROFILED):
-            ready(word)
-    found = dict.fromkeys((*KINDS, OTHER), 0.0)
-    for event in seen.key_averages():
-        kind = next((k for k, names in KINDS.items() if event.key in names), OTHER)
-        found[kind] += event.self_cpu_time_total / 1e3 / PROFILED
-    return found
-
-
-def where_onnx_time_goes(network: nn.Module, word: torch.Tensor) -> dict[str, float]:
-    """Milliseconds in ONNX Runtime by kind of operator, and what is left of the whole run."""
-    import onnxruntime
-
-    with TemporaryDirectory() as folder:
-        file = Path(folder, "network.onnx")
-        rankfold.export(network, file, word, dynamic=None)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder, "profile"))
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        given = {session.get_inputs()[0].name: word.numpy()}
-        for _ in range(WARM_UP + PROFILED):
-            session.run(None, given)
-        events = json.loads(Path(session.end_profiling()).read_text())
-    runs = [event for event in events if event["name"] == "model_run"][WARM_UP:]
-    nodes = [event for event in events if event["cat"] == "Node" and "op_name" in event["args"]]
-    found = dict.fromkeys((*ONNX_KINDS, OTHER), 0.0)
-    for event in nodes:
-        if event["ts"] >= runs[0]["ts"] and event["name"].endswith("_kernel_time"):
-            operator = event["args"]["op_name"]
-            kind = next((k for k, names in ONNX_KINDS.items() if operator in names), OTHER)
-            found[kind] += event["dur"] / 1e3 / PROFILED
-    whole = sum(event["dur"] for event in runs) / 1e3 / PROFILED
-    return found | {"between operators": whole - sum(found.values())}
 
 
 def main(
@@ -293,8 +232,8 @@ def write_document(facts: dict[str, Any]) -> None:
     on = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
     tables = [markdown_table(columns, [line(*one) for one in done.items()])]
     tables.append(markdown_table(*recoveries(rows)))
-    tables.append(markdown_table(*times_by_kind(done, "where", (*KINDS, OTHER))))
-    kinds = (*ONNX_KINDS, OTHER, "between operators")
+    tables.append(markdown_table(*times_by_kind(done, "where", (*where.KINDS, where.OTHER))))
+    kinds = (*where.ONNX_KINDS, where.OTHER, where.BETWEEN)
     known = {share: row for share, row in done.items() if "where, ONNX Runtime" in row["result"]}
     if known:
         tables.append(markdown_table(*times_by_kind(known, "where, ONNX Runtime", kinds)))
@@ -336,10 +275,9 @@ def times_by_kind(
     """Where the time goes: of the dense network, and of each that is factorized."""
     networks = {"dense": next(iter(done.values()))["result"][key]["dense"]}
     networks |= {share: row["result"][key]["factorized"] for share, row in done.items()}
-    title = "milliseconds, middle word" + key.removeprefix("where")
     lines = [(kind, *(f"{one[kind]:.2f}" for one in networks.values())) for kind in kinds]
     total = ("together", *(f"{sum(one.values()):.2f}" for one in networks.values()))
-    return (title, *networks), [*lines, total]
+    return ("milliseconds, middle word" + key.removeprefix("where"), *networks), [*lines, total]
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ again, and a table of docs/results.md.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+import where
 from race import between_markers, machine, markdown_table, save
 from suite import cases
 
@@ -26,6 +28,7 @@ HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "results.md"
 NAMES = ("demo", "crepe", "english_g2", "craft")
 RUNTIMES: tuple[Runtime, ...] = ("eager", "compile", "onnxruntime", "openvino")
+WHERE = "where"
 SHARE = 0.3  # of the MACs
 
 
@@ -37,22 +40,33 @@ def compared(model: Any, small: Any, batch: Any, runtime: Runtime) -> list[float
         return latencies(calls, torch.device("cpu"), seconds=5)
 
 
+def tried(dense: Any, small: Any, batch: Any, runtime: Runtime) -> list[float] | str:
+    """Milliseconds of both, or why there are none."""
+    try:
+        return compared(dense, small, batch, runtime)
+    except RankfoldError as error:
+        return str(error)
+
+
+def seen(dense: Any, small: Any, batch: Any) -> list[dict[str, float]]:
+    """Where the time of both goes, in eager mode."""
+    with torch.no_grad():
+        return [where.in_eager_mode(one, batch) for one in (dense, small)]
+
+
 def measured(name: str, by_clock: bool, found: dict[str, Any]) -> None:
     torch.manual_seed(0)
     case = cases.make(name)
     model, batch = case.make_model().eval(), case.data[0]
     dense = rankfold.fold_batch_norms(model, batch)
-    if "MACs" not in found:
-        analysis = rankfold.analyze(model, case.data)
-        plan = analysis.plan(macs=SHARE)
+    if missing := [one for one in (*RUNTIMES, WHERE) if one not in found]:
+        plan = rankfold.analyze(model, case.data).plan(macs=SHARE)
         small = rankfold.fold_batch_norms(rankfold.factorize(model, plan), batch)
         found["MACs"] = plan.before.macs / plan.after.macs
-        for runtime in RUNTIMES:
-            try:
-                found[runtime] = compared(dense, small, batch, runtime)
-            except RankfoldError as error:
-                found[runtime] = str(error)
-            print(name, runtime, version_of(runtime), found[runtime], flush=True)
+        takes = {WHERE: seen, **{one: partial(tried, runtime=one) for one in RUNTIMES}}
+        for one in missing:
+            found[one] = takes[one](dense, small, batch)
+            print(name, one, found[one], flush=True)
     if by_clock and "by clock" not in found:
         kept = found.setdefault("by clock", {})
         for runtime in ("eager", "onnxruntime", "openvino"):
@@ -102,6 +116,15 @@ def write_document(facts: dict[str, Any]) -> None:
     versions = ", ".join(facts["runtimes"].values())
     table = markdown_table(header, lines)
     between_markers(DOCUMENT, "runtimes", f"{table}\nMeasured on: {on}; {versions}.\n")
+    profiles = {name: row[WHERE] for name, row in facts["rows"].items() if WHERE in row}
+    lines = [
+        (kind, *(f"{dense[kind]:.1f} → {small[kind]:.1f}" for dense, small in profiles.values()))
+        for kind in (*where.KINDS, where.OTHER)
+    ]
+    totals = [[sum(one.values()) for one in both] for both in profiles.values()]
+    lines.append(("together", *(f"{dense:.1f} → {small:.1f}" for dense, small in totals)))
+    header = ("milliseconds in eager mode", *profiles)
+    between_markers(DOCUMENT, "where", markdown_table(header, lines))
 
 
 def _cell(row: dict[str, Any], runtime: str) -> str:
