@@ -7,6 +7,7 @@ from networks import make_data, make_model
 from torch import nn
 
 import rankfold
+from rankfold.analysis import Overrides
 from rankfold.errors import CalibrationError, ModelError
 from rankfold.measure import output_error
 from rankfold.methods import WEIGHT_METRIC, LowRank
@@ -198,3 +199,33 @@ def test_under_autocast_what_reaches_a_layer_is_of_another_dtype() -> None:
 
     done = refit(small, model, make_data(), names, forward=autocast).layers
     assert {one.layer for one in done} == set(names) and any(one.kept for one in done)
+
+
+class Reader(nn.Module):
+    """A linear layer that alone reads an LSTM, whose readout it can take in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(12, 32, batch_first=True)
+        self.between = nn.Linear(32, 24)
+        self.out = nn.Linear(24, 5)
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.between(self.recurrent(given)[0])))
+
+
+def test_a_layer_that_has_taken_in_a_readout_is_refitted() -> None:
+    """It is given fewer numbers than the dense one, whose weight says nothing of these."""
+    torch.manual_seed(0)
+    model, data = Reader().eval(), [torch.randn(8, 6, 12) for _ in range(10)]
+    force = {"recurrent": "fewer-units", "between": "svd"}
+    plan = rankfold.analyze(model, data).plan(macs=0.6, overrides=Overrides(force=force))
+    small = rankfold.factorize(model, plan)
+    assert small.between[0].in_features == small.recurrent.hidden_size < 32
+    before = copy.deepcopy(small)
+    done = refit(small, model, data, ["between"])
+    assert [one.layer for one in done.layers] == ["between"] and done.gain > 1
+    assert torch.equal(small.between[0].weight, before.between[0].weight)
+    with torch.no_grad():
+        errors = [output_error(model(data[0]), one.eval()(data[0])) for one in (small, before)]
+    assert errors[0] < errors[1]

@@ -182,10 +182,21 @@ def _places(model: nn.Module, teacher: nn.Module, layers: Sequence[str]) -> dict
             raise ModelError(f"there is no layer '{name}' to refit")
         form = ours[name]
         if isinstance(form, nn.Sequential) and _is_pointwise(form[-1]):
-            two = isinstance(form, TwoFactorLinear | TwoFactorConvolution)
-            two = two and not is_transposed_linear(theirs[name])
-            found[name] = _Place(form, form[0] if two else None, form[-1], theirs[name])
+            both = isinstance(form, TwoFactorLinear | TwoFactorConvolution)
+            both = both and _read_alike(form[0], theirs[name])
+            found[name] = _Place(form, form[0] if both else None, form[-1], theirs[name])
     return found
+
+
+def _read_alike(first: nn.Module, dense: nn.Module) -> bool:
+    """Whether the dense layer can be given what a form is given, in the same order of its weight.
+
+    One that has taken in the readout of fewer units is given these.
+    """
+    if is_transposed_linear(dense):
+        return False
+    width = "in_features" if isinstance(first, nn.Linear) else "in_channels"
+    return bool(getattr(first, width) == getattr(dense, width))
 
 
 def _is_pointwise(layer: Any) -> bool:
