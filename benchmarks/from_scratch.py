@@ -11,7 +11,7 @@ The demo's architecture (rankfold.demo.network) on all 60 000 training images of
   three steps (`training.gradually`), with learned ranks (`training.learn_ranks`).
 
 Writes benchmarks/from_scratch.json and the tables of docs/training.md. What is in the file already
-is not done again. A run takes a minute or so on a GPU, some hours on two cores.
+is not done again. A GPU is used where there is one.
 """
 
 import json

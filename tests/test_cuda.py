@@ -27,18 +27,11 @@ def test_what_a_plan_comes_to_is_that_of_the_processor(metric) -> None:
     for device in ("cpu", "cuda"):
         model = make_model().to(device)
         analysis = rankfold.analyze(model, make_data(), metric=metric)
-        plan = analysis.plan(macs=0.5)
-        small = rankfold.factorize(model, plan)
-        assert device_of(small).type == device
-        with torch.no_grad():
-            outputs = small(make_data()[0].to(device)).cpu()
-        found.append((plan, outputs))
-    (of_cpu, ours), (of_cuda, theirs) = found
+        found.append(analysis.plan(macs=0.5))
+        assert device_of(rankfold.factorize(model, found[-1])).type == device
+    of_cpu, of_cuda = found
     assert of_cuda.after.macs == pytest.approx(of_cpu.after.macs, rel=0.05)
     assert of_cuda.loss == pytest.approx(of_cpu.loss, rel=0.05)
-    same = [entry.rank for entry in of_cpu.layers] == [entry.rank for entry in of_cuda.layers]
-    if same:
-        torch.testing.assert_close(theirs, ours, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])

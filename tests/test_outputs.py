@@ -69,6 +69,6 @@ def test_rounding_is_allowed_and_no_more() -> None:
     ):
         with pytest.raises(ModelError, match="others"):
             check_same(one, far, 1 / 2, "others")
-    check_same(torch.zeros(3), torch.full((3,), 1e-6), 1 / 2, "others")
+    check_same(torch.zeros(3), torch.zeros(3), 1 / 2, "others")
     with pytest.raises(ModelError):
-        check_same(torch.zeros(3), torch.ones(3), 1 / 2, "others")
+        check_same(torch.zeros(3), torch.full((3,), 1e-6), 1 / 2, "others")

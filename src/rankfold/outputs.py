@@ -25,24 +25,21 @@ def outputs_of(model: nn.Module, batch: Any, forward: Forward) -> Any:
         return run_or_explain(forward, model, batch, 0)
 
 
-def check_same(before: Any, after: Any, allowed: float, otherwise: str) -> None:
-    """Raise ModelError, saying what is `otherwise`, unless nested outputs differ by rounding alone.
+def check_same(before: Any, after: Any, exponent: float, otherwise: str) -> None:
+    """Raise ModelError with the message `otherwise` unless nested outputs are the same to rounding.
 
-    `allowed` is the exponent of the dtype's machine epsilon that the norm of the difference may be
-    of the norm of the first.
+    The norm of the difference may be as much of the norm of the first as the machine epsilon of its
+    dtype, to the power of the `exponent`. NaN and infinity are the same in the same place.
     """
     for one, other in zip(tensors_of(before), tensors_of(after), strict=True):
-        most = torch.finfo(one.dtype).eps ** allowed
-        if one.shape != other.shape or not _difference(one, other) <= most:
+        if one.shape != other.shape:
             raise ModelError(otherwise)
-
-
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Norm of the difference over that of the first."""
-    norm = one.double().nan_to_num(0, 0, 0).norm().item()
-    same = (one == other) | (one.isnan() & other.isnan())
-    both = torch.where(same, 0, one.double() - other.double()).norm().item()
-    return both / norm if norm else both
+        same = (one == other) | (one.isnan() & other.isnan())
+        difference = torch.where(same, 0, one.double() - other.double()).norm()
+        norm = one.double().nan_to_num(0, 0, 0).norm()
+        # Not "greater than": NaN is neither.
+        if not difference <= torch.finfo(one.dtype).eps ** exponent * norm:
+            raise ModelError(otherwise)
 
 
 @contextmanager
