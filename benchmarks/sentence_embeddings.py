@@ -11,7 +11,6 @@ import json
 import random
 import re
 import time
-import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ from typing import Annotated, Any
 import minilm
 import torch
 import typer
+import wheels
 from race import between_markers, machine, markdown_table, save
 
 import rankfold
@@ -37,7 +37,6 @@ _MARKUP = re.compile(
 
 def texts(seed: int = 0) -> list[str]:
     """Sentences and whole documents of news, paragraphs of Wikipedia, and single words of both."""
-    minilm.read("lee_background.cor")  # fetches the wheel
     draw = random.Random(seed)
     documents = minilm.read("lee_background.cor").splitlines()
     news = [part.strip() for line in documents for part in line.split(". ") if len(part) > 30]
@@ -50,9 +49,7 @@ def texts(seed: int = 0) -> list[str]:
 
 def wikipedia() -> list[str]:
     """Paragraphs of the articles in gensim's sample, without most of their markup."""
-    wheel = next(minilm.CACHE.glob("gensim-*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        packed = archive.read(f"gensim/test/test_data/{WIKIPEDIA}")
+    packed = wheels.read("gensim", "4.4.0", f"gensim/test/test_data/{WIKIPEDIA}")
     found = []
     for line in bz2.decompress(packed).decode().splitlines():
         plain = _MARKUP.sub("", _MARKUP.sub("", line)).replace("&quot;", '"').strip()

@@ -4,7 +4,7 @@ from importlib import import_module
 
 from suite.case import Case
 
-NAMES = ("demo", "english_g2", "craft", "crepe", "minilm", "language_model")
+NAMES = ("demo", "english_g2", "craft", "crepe", "minilm", "lstm", "language_model")
 
 
 def make(name: str) -> Case:
