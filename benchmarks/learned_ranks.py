@@ -1,7 +1,7 @@
 """Ranks learned with the weights (LC) beside factorizing at once and in steps, on a processor.
 
 As the second half of from_scratch.py, in little: the demo network, trained already, to a sixth of
-its MACs on 10 000 labelled images of Fashion-MNIST, which it has seen, in twelve epochs each; three
+its MACs on 5 000 labelled images of Fashion-MNIST, which it has seen, in twelve epochs each; three
 seeds of the training. Writes learned_ranks.json, in which what is there is not done again, and a
 table of docs/training.md.
 """
@@ -18,7 +18,7 @@ from torch import nn
 from rankfold.demo import make_model
 
 RESULTS = HERE / "learned_ranks.json"
-IMAGES = 10_000
+IMAGES = 5_000
 
 Make = Callable[[nn.Module, Training, int], nn.Module]
 WAYS: dict[str, Make] = {"dense": lambda model, data, seed: model, **FROM_TRAINED}

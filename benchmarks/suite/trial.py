@@ -50,7 +50,10 @@ def tried(trial: Trial, threads: int) -> dict[str, Any]:
     batch = case.data[0]
     start = time.perf_counter()
     before_memory = _peak_memory()
-    small = contender.compress(case, trial.share).eval()
+    try:
+        small = contender.compress(case, trial.share).eval()
+    except RankfoldError as error:
+        return {**about, "why not": str(error)}
     seconds = time.perf_counter() - start
     memory = _peak_memory() - before_memory
     shares = _shares(model, small, batch) if contender.trained else (1.0, 1.0)

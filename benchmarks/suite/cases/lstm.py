@@ -19,5 +19,5 @@ def make() -> Case:
         Divergence(2.0),
         epochs=20,
         learning_rate=1e-3,
-        shares=(0.5, 0.3),
+        shares=(0.6, 0.3),
     )
