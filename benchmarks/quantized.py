@@ -171,14 +171,16 @@ def compare(case: Case) -> list[dict[str, Any]]:
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help="demo, MiniLM")] = None, threads: int = 2
+    only: Annotated[list[str] | None, typer.Option(help="demo, MiniLM")] = None,
+    only_write: bool = False,
+    threads: int = 2,
 ) -> None:
     torch.set_num_threads(threads)
     facts: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    facts["machine"] = machine() | {"onnxruntime": onnxruntime.__version__}
-    found = facts.setdefault("networks", {})
-    for name in only or CASES:
+    found, machines = facts.setdefault("networks", {}), facts.setdefault("machines", {})
+    for name in [] if only_write else only or CASES:
         torch.manual_seed(0)
+        machines[name] = machine() | {"onnxruntime": onnxruntime.__version__}
         found[name] = compare(CASES[name]())
         save(RESULTS, facts)
     lines = [
@@ -195,8 +197,12 @@ def main(
         for row in rows
     ]
     header = ("network", "file", "score", "batch 1", "batch 32")
-    on = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
-    between_markers(DOCUMENT, "quantized", f"{markdown_table(header, lines)}\nMeasured on: {on}.\n")
+    on = "; ".join(
+        f"{network} on " + ", ".join(f"{name} {value}" for name, value in known.items())
+        for network, known in machines.items()
+    )
+    text = f"{markdown_table(header, lines)}\nMeasured: {on}.\n"
+    between_markers(DOCUMENT, "quantized", text)
 
 
 if __name__ == "__main__":

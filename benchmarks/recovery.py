@@ -117,33 +117,43 @@ def sentence_case() -> Case:
 CASES = {"CREPE": crepe_case, "english_g2": recogniser_case, "MiniLM": sentence_case}
 
 
-def in_minutes(case: Case, fitted: nn.Module, minutes: float) -> tuple[nn.Module, dict[str, float]]:
+def in_minutes(
+    case: Case, fitted: nn.Module, minutes: float, per_batch: float
+) -> tuple[nn.Module, dict[str, float]]:
     """A recovery of about so long: of so many batches as that takes, or of so many epochs."""
-    options = {"teacher": case.model, "distance": case.distance}
-    count = max(12, round(60 * minutes / seconds_per_batch(case, fitted, options)))
+    count = max(12, round(60 * minutes / per_batch))
     epochs = max(1, round(count / len(case.data)))
+    data = case.data[: max(12, count // epochs)]
     small = copy.deepcopy(fitted)
     done = rankfold.recover(
         small,
-        case.data[: max(12, count // epochs)],
+        data,
+        teacher=case.model,
+        distance=case.distance,
         epochs=epochs,
         learning_rate=case.learning_rate,
         patience=epochs,
-        **options,
     )
-    return small, {"seconds": done.seconds, "epochs": epochs, "score": case.score(small.eval())}
+    return small, {
+        "seconds": done.seconds,
+        "epochs": epochs,
+        "batches": epochs * len(data),
+        "score": case.score(small.eval()),
+    }
 
 
-def seconds_per_batch(case: Case, fitted: nn.Module, options: dict[str, Any]) -> float:
-    """Between a shorter and a longer trial, without what a recovery begins and ends with."""
-    seconds = []
-    for count in (12, 12, 60):  # the first to warm up
-        trial = copy.deepcopy(fitted)
-        data = case.data[:: len(case.data) // count][:count]
-        start = time.perf_counter()
-        rankfold.recover(trial, data, validation=case.data[:1], epochs=1, **options)
-        seconds.append(time.perf_counter() - start)
-    return (seconds[2] - seconds[1]) / 48
+def in_a_trial(case: Case, fitted: nn.Module) -> float:
+    """Seconds that a batch takes, the beginning and the end of a recovery with it."""
+    start = time.perf_counter()
+    rankfold.recover(
+        copy.deepcopy(fitted),
+        case.data[:12],
+        teacher=case.model,
+        distance=case.distance,
+        validation=case.data[:1],
+        epochs=1,
+    )
+    return (time.perf_counter() - start) / 12
 
 
 def refitted(case: Case) -> nn.Module:
@@ -241,12 +251,16 @@ def minutes(network: str, found: dict[str, Any], most: float, facts: dict[str, A
         found |= {"fitted": case.score(fitted), "unit": case.unit}
         print(network, found, flush=True)
         save(RESULTS, facts)
+    per_batch = None
     for length in MINUTES:
         if length <= most and str(length) not in found:
-            small, found[str(length)] = in_minutes(case, fitted, length)
+            per_batch = per_batch or in_a_trial(case, fitted)
+            small, found[str(length)] = in_minutes(case, fitted, length, per_batch)
             rankfold.save(small, KEPT / f"{network}-{length}", force=True)
             print(network, length, found[str(length)], flush=True)
             save(RESULTS, facts)
+        if "batches" in found.get(str(length), {}):  # longer ones by what the shorter took
+            per_batch = found[str(length)]["seconds"] / found[str(length)]["batches"]
 
 
 def write_document(facts: dict[str, Any]) -> None:
