@@ -115,5 +115,8 @@ def _is_number(text: str) -> bool:
 @cache
 def read(name: str) -> str:
     """A file of gensim's test data."""
-    found = wheels.read("gensim", "4.4.0", f"gensim/test/test_data/{name}")
-    return found.decode("latin-1")
+    return packed(name).decode("latin-1")
+
+
+def packed(name: str) -> bytes:
+    return wheels.read("gensim", "4.4.0", f"gensim/test/test_data/{name}")

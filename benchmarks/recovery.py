@@ -3,7 +3,7 @@
 The demo network at a quarter of its MACs: factorized, its last factors refitted, and after epochs
 on 5 000 images without labels. Larger networks after fitting and after minutes of recovery. What a
 recovery takes beside a plain training loop. Writes recovery.json, in which what is there is not
-done again, and tables of docs/recovery.md.
+done again, recoveries that were too short excepted, and tables of docs/recovery.md.
 """
 
 import copy

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import minilm
 import torch
 import typer
-import wheels
 from race import between_markers, machine, markdown_table, save
 
 import rankfold
@@ -49,9 +48,8 @@ def texts(seed: int = 0) -> list[str]:
 
 def wikipedia() -> list[str]:
     """Paragraphs of the articles in gensim's sample, without most of their markup."""
-    packed = wheels.read("gensim", "4.4.0", f"gensim/test/test_data/{WIKIPEDIA}")
     found = []
-    for line in bz2.decompress(packed).decode().splitlines():
+    for line in bz2.decompress(minilm.packed(WIKIPEDIA)).decode().splitlines():
         plain = _MARKUP.sub("", _MARKUP.sub("", line)).replace("&quot;", '"').strip()
         if len(plain) > 120 and plain[0] not in "|{*#:;=!&[<":
             found.append(plain[: 400 if len(found) % 2 else 150])
