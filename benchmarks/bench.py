@@ -3,7 +3,7 @@
 Every contender gets the same data, the same recovery and the same clock, in a process of its own.
 Rows are appended to bench.jsonl with date, commit, machine and versions; `docs/results.md` and a
 table of the README are made from it. `--quick` is one network, one share and one epoch of recovery,
-shown and not written.
+shown and not written. AIMET runs from an environment of its own, in which the rest need not be.
 """
 
 import json
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -24,7 +25,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "bench.jsonl"
 DOCUMENT = HERE.parent / "docs" / "results.md"
 README = HERE.parent / "README.md"
-QUICK = [Trial("demo", name, 0.33, epochs=1) for name in contenders.NAMES]
+QUICK = [Trial("demo", name, (0.33,), epochs=1) for name in contenders.NAMES]
 
 
 def main(
@@ -35,19 +36,21 @@ def main(
     quick: Annotated[bool, typer.Option(help="one network and one share")] = False,
     again: Annotated[bool, typer.Option(help="also what was measured at this commit")] = False,
     threads: int = 2,
-    minutes: Annotated[float, typer.Option(help="that one trial may take")] = 30,
+    minutes: Annotated[float, typer.Option(help="that one contender may take")] = 30,
     trial: Annotated[str | None, typer.Option(hidden=True)] = None,
+    rows: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    if trial is not None:
-        print(json.dumps(tried(Trial(**json.loads(trial)), threads)))
+    if trial is not None and rows is not None:
+        for row in tried(Trial(**json.loads(trial)), threads):
+            append(row, rows)
         return
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
     ).stdout.strip()
     if quick:
-        rows = [in_process_of_its_own(one, threads, minutes) for one in QUICK]
-        print(table([row for row in rows if "dense" in row]))
-        print(*(f"{row['contender']}: {row['why not']}" for row in rows if "why not" in row))
+        found = [row for one in QUICK for row in in_process_of_its_own(one, threads, minutes)]
+        print(table([row for row in found if "factorized" in row]))
+        print(*(f"{row['contender']}: {row['why not']}" for row in found if "why not" in row))
         return
     done = {
         (row["case"], row["contender"], row["share"])
@@ -59,12 +62,11 @@ def main(
         if isinstance(one, str):
             print(f"{name} is left out: {one}")
     for one in every_trial(case or cases.NAMES, competing):
-        if (one.case, one.contender, one.share) not in done:
-            row = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit}
-            row |= in_process_of_its_own(one, threads, minutes)
-            print(json.dumps(row), flush=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        if not all((one.case, one.contender, share) in done for share in one.shares):
+            about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit}
+            for row in in_process_of_its_own(one, threads, minutes):
+                print(json.dumps(row), flush=True)
+                append(about | row, RESULTS)
     write_document(read(RESULTS), DOCUMENT)
     write_readme(read(RESULTS), README)
 
@@ -74,26 +76,35 @@ def every_trial(
 ) -> list[Trial]:
     """Of those that are installed."""
     return [
-        Trial(name, contender, share)
+        Trial(name, contender, one.shares or cases.shares(name))
         for name in names
         for contender, one in competing.items()
         if not isinstance(one, str)
-        for share in (one.shares or cases.make(name).shares)
     ]
 
 
-def in_process_of_its_own(trial: Trial, threads: int, minutes: float) -> dict:
-    """What was measured, or why the trial ended."""
-    command = [sys.executable, __file__, "--trial", json.dumps(asdict(trial))]
-    command += ["--threads", str(threads)]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes)
-    except subprocess.TimeoutExpired:
-        return {**asdict(trial), "why not": f"not done after {minutes:.0f} minutes"}
-    if told.returncode != 0:
-        line = (told.stderr.strip() or "no word").splitlines()[-1]
-        return {**asdict(trial), "why not": f"it fails: {line:.200}"}
-    return json.loads(told.stdout.splitlines()[-1])
+def in_process_of_its_own(trial: Trial, threads: int, minutes: float) -> list[dict]:
+    """What was measured at each share, or why the trial ended."""
+    with TemporaryDirectory() as folder:  # what a contender writes is gone with it
+        rows = Path(folder, "rows.jsonl")
+        command = [sys.executable, __file__, "--trial", json.dumps(asdict(trial))]
+        command += ["--rows", str(rows), "--threads", str(threads)]
+        try:
+            told = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, timeout=60 * minutes
+            )
+            line = (told.stderr.strip() or "no word").splitlines()[-1]
+            ended = f"it fails: {line:.200}"
+        except subprocess.TimeoutExpired:
+            ended = f"not done after {minutes:.0f} minutes"
+        found = read(rows)
+    missing = [share for share in trial.shares if share not in {row["share"] for row in found}]
+    return found + [{**trial.about(share), "why not": ended} for share in missing]
+
+
+def append(row: dict, path: Path) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

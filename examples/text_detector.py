@@ -11,6 +11,7 @@ the intersection over union of the regions above EasyOCR's threshold.
 import argparse
 import copy
 import time
+from collections.abc import Sequence
 
 import torch
 from ocr_models import make_detector
@@ -26,19 +27,20 @@ TEXT_THRESHOLD = 0.4  # EasyOCR's low_text: pixels above it make up the boxes
 
 def text_regions(model: torch.nn.Module, pages: torch.Tensor) -> torch.Tensor:
     """Pixels (batch, h/2, w/2) that the model takes for text."""
-    maps, _ = model(pages)
+    with torch.no_grad():
+        maps, _ = model(pages)
     return maps[..., 0] > TEXT_THRESHOLD
 
 
-def agreement(model: torch.nn.Module, teacher: torch.nn.Module, batches: rankfold.Data) -> float:
+def overlap(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
     """Intersection over union of two models' text regions, over all pages."""
-    together = either = 0
-    with torch.no_grad():
-        for pages in batches:
-            ours, theirs = text_regions(model, pages), text_regions(teacher, pages)
-            together += int((ours & theirs).sum())
-            either += int((ours | theirs).sum())
-    return together / either
+    pairs = list(zip(ours, theirs, strict=True))
+    return sum(int((a & b).sum()) for a, b in pairs) / sum(int((a | b).sum()) for a, b in pairs)
+
+
+def agreement(model: torch.nn.Module, teacher: torch.nn.Module, batches: rankfold.Data) -> float:
+    """How much two models' text regions overlap, over all pages."""
+    return overlap(*([text_regions(one, pages) for pages in batches] for one in (model, teacher)))
 
 
 def main() -> None:

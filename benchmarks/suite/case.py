@@ -22,4 +22,4 @@ class Case:
     distance: Distance
     epochs: int  # of recovery, the same for every contender
     learning_rate: float
-    shares: tuple[float, ...]  # of the MACs, about what contenders are asked for
+    point: float = 0.01  # of the score: what may be lost where times are compared

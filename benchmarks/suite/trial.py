@@ -1,10 +1,10 @@
-"""One contender on one network at one share, in a process of its own."""
+"""One contender on one network, at all shares that it is asked for, in a process of its own."""
 
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from rankfold.errors import RankfoldError
 from rankfold.measure import latencies
 from rankfold.runtime import FileNetwork
 from suite import cases, contenders
+from suite.case import Case
+from suite.contenders import Contender
 
 REPEATS = 3  # of the timing
 
@@ -29,38 +31,54 @@ REPEATS = 3  # of the timing
 class Trial:
     case: str
     contender: str
-    share: float
+    shares: tuple[float, ...]
     epochs: int | None = None  # of recovery; None: as many as the case says
 
+    def about(self, share: float) -> dict[str, Any]:
+        return {"case": self.case, "contender": self.contender, "share": share}
 
-def tried(trial: Trial, threads: int) -> dict[str, Any]:
-    """All that is measured, or why nothing is."""
+
+def tried(trial: Trial, threads: int) -> Iterator[dict[str, Any]]:
+    """All that is measured at each share, or why nothing is.
+
+    What a contender keeps of its own accord from one share to the next, it need not do again.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    about = {"case": trial.case, "contender": trial.contender, "share": trial.share}
     contender = contenders.find(trial.contender)
     if isinstance(contender, str):
-        return {**about, "why not": contender}
+        yield from ({**trial.about(share), "why not": contender} for share in trial.shares)
+        return
     case = cases.make(trial.case)
     model = case.make_model().eval()
-    about |= {"network": case.name, "unit": case.unit, "title": contender.name}
-    about |= {"lines": contender.lines, "packages": contender.packages, "machine": machine()}
+    of_all = {"network": case.name, "unit": case.unit, "point": case.point}
+    of_all |= {"title": contender.name, "lines": contender.lines, "packages": contender.packages}
+    of_all |= {"machine": machine()}
     if (reason := contender.why_not(model)) is not None:
-        return {**about, "why not": reason}
+        yield from ({**trial.about(one), **of_all, "why not": reason} for one in trial.shares)
+        return
+    of_all |= {"dense": case.score(model)}
+    for share in trial.shares:
+        about = {**trial.about(share), **of_all, "first": share == trial.shares[0]}
+        try:
+            yield about | _measured(contender, case, model, share, trial.epochs or case.epochs)
+        except RankfoldError as error:
+            yield {**about, "why not": str(error)}
+
+
+def _measured(
+    contender: Contender, case: Case, model: nn.Module, share: float, epochs: int
+) -> dict[str, Any]:
     batch = case.data[0]
-    start = time.perf_counter()
     before_memory = _peak_memory()
-    try:
-        small = contender.compress(case, trial.share).eval()
-    except RankfoldError as error:
-        return {**about, "why not": str(error)}
+    start = time.perf_counter()
+    small = contender.compress(case, share).eval()
     seconds = time.perf_counter() - start
     memory = _peak_memory() - before_memory
     shares = _shares(model, small, batch) if contender.trained else (1.0, 1.0)
     factorized = case.score(small)
-    epochs = (trial.epochs or case.epochs) if contender.trained else 0
     start = time.perf_counter()
-    if epochs:
+    if contender.trained:
         rankfold.recover(
             small,
             case.training,
@@ -70,19 +88,18 @@ def tried(trial: Trial, threads: int) -> dict[str, Any]:
             learning_rate=case.learning_rate,
         )
     recovering = time.perf_counter() - start
+    recovered = case.score(small.eval()) if contender.trained else factorized
     beside = contender.baseline(model, case)
-    pairs = [_times(beside, small.eval(), batch) for _ in range(REPEATS)]
+    pairs = [_times(beside, small, batch) for _ in range(REPEATS)]
     return {
-        **about,
         "parameters kept": shares[0],
         "MACs kept": shares[1],
         "seconds to compress": seconds,
         "memory to compress": memory,
-        "dense": case.score(model),
         "factorized": factorized,
-        "recovered": case.score(small.eval()) if epochs else factorized,
+        "recovered": recovered,
         "seconds to recover": recovering,
-        "epochs": epochs,
+        "epochs": epochs if contender.trained else 0,
         "dense ms": [dense for dense, _ in pairs],
         "small ms": [ours for _, ours in pairs],
         "time kept": statistics.median(ours / dense for dense, ours in pairs),

@@ -1,10 +1,18 @@
-"""The networks of the suite, by name: modules with a function `make() -> Case`."""
+"""The networks of the suite, by name: modules with `make() -> Case` and `SHARES` of the MACs.
+
+Sizes of data and recovery are such that a contender takes minutes, not hours.
+"""
 
 from importlib import import_module
 
 from suite.case import Case
 
 NAMES = ("demo", "english_g2", "craft", "crepe", "minilm", "lstm", "language_model")
+
+
+def shares(name: str) -> tuple[float, ...]:
+    """Of the MACs, about what contenders are asked for."""
+    return import_module(f"suite.cases.{name}").SHARES
 
 
 def make(name: str) -> Case:

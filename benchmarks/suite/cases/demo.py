@@ -4,6 +4,8 @@ from rankfold.demo import accuracy, make_data, make_model, make_test
 from rankfold.distances import SquaredError
 from suite.case import Case
 
+SHARES = (0.5, 0.33, 0.2)
+
 
 def make() -> Case:
     data, test = make_data(), make_test()
@@ -17,5 +19,4 @@ def make() -> Case:
         SquaredError(),
         epochs=3,
         learning_rate=1e-3,
-        shares=(0.5, 0.33, 0.2),
     )

@@ -8,6 +8,8 @@ from suite.case import Case
 
 sys.path.append(str(Path(__file__).parents[3] / "examples"))
 
+SHARES = (0.6, 0.4)
+
 
 def make() -> Case:
     from ocr_models import make_recogniser
@@ -15,18 +17,17 @@ def make() -> Case:
     from scene_text import words_right
 
     fonts, held_out = split_fonts()
-    words = [images for images, _ in word_batches(1_000, fonts, seed=0)]
+    words = [images for images, _ in word_batches(500, fonts, seed=0)]
     middle = sorted(words, key=lambda images: images.shape[-1])[len(words) // 2]
-    test = word_batches(1_000, held_out, seed=1)
+    test = word_batches(500, held_out, seed=1)
     return Case(
         "english_g2",
         "words right, %",
         make_recogniser,
         [middle[:1], *words],
-        [images for images, _ in word_batches(4_000, fonts, seed=2, varied=True)],
+        [images for images, _ in word_batches(2_000, fonts, seed=2, varied=True)],
         lambda model: words_right(model.eval(), test),
         Divergence(2.0),
-        epochs=2,
+        epochs=1,
         learning_rate=1e-3,
-        shares=(0.6, 0.4),
     )

@@ -5,6 +5,8 @@ import language_model_network as network
 from rankfold.distances import Divergence
 from suite.case import Case
 
+SHARES = (0.8, 0.6)
+
 
 def make() -> Case:
     test = network.make_test()
@@ -18,5 +20,5 @@ def make() -> Case:
         Divergence(),
         epochs=1,
         learning_rate=3e-4,
-        shares=(0.8, 0.6),
+        point=1.0,
     )

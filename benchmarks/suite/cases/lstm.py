@@ -5,6 +5,8 @@ import japanese_vowels
 from rankfold.distances import Divergence
 from suite.case import Case
 
+SHARES = (0.6, 0.3)
+
 
 def make() -> Case:
     data, test = japanese_vowels.make_data(), japanese_vowels.make_test()
@@ -19,5 +21,4 @@ def make() -> Case:
         Divergence(2.0),
         epochs=20,
         learning_rate=1e-3,
-        shares=(0.6, 0.3),
     )

@@ -6,6 +6,8 @@ import sentence_embeddings
 from rankfold.distances import Cosine
 from suite.case import Case
 
+SHARES = (0.7, 0.5)
+
 
 def make() -> Case:
     return Case(
@@ -18,5 +20,4 @@ def make() -> Case:
         Cosine(),
         epochs=1,
         learning_rate=2e-4,
-        shares=(0.7, 0.5),
     )

@@ -1,4 +1,4 @@
-"""rankfold, asked for a share of the MACs."""
+"""rankfold, asked for a share of the MACs; its journal keeps the analysis for the next share."""
 
 import rankfold
 
@@ -11,4 +11,5 @@ def why_not(model):
 
 def compress(case, share):
     model = case.make_model()
-    return rankfold.factorize(model, rankfold.analyze(model, case.data).plan(macs=share))
+    analysis = rankfold.analyze(model, case.data, journal="by-macs")
+    return rankfold.factorize(model, analysis.plan(macs=share))
