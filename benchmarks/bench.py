@@ -35,6 +35,7 @@ def main(
     ] = None,
     quick: Annotated[bool, typer.Option(help="one network and one share")] = False,
     again: Annotated[bool, typer.Option(help="also what was measured at this commit")] = False,
+    only_write: Annotated[bool, typer.Option(help="the documents, from what there is")] = False,
     threads: int = 2,
     minutes: Annotated[float, typer.Option(help="that one contender may take")] = 30,
     trial: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -43,6 +44,10 @@ def main(
     if trial is not None and rows is not None:
         for row in tried(Trial(**json.loads(trial)), threads):
             append(row, rows)
+        return
+    if only_write:
+        write_document(read(RESULTS), DOCUMENT)
+        write_readme(read(RESULTS), README)
         return
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from race import between_markers, markdown_table
 
 Row = dict[str, Any]
+Point = tuple[float, float]  # share of the time, score
+
+POINT = 0.01  # of the score, where a case does not say otherwise
 
 
 def read(path: Path) -> list[Row]:
@@ -20,48 +24,64 @@ def read(path: Path) -> list[Row]:
 
 
 def write_document(rows: Sequence[Row], document: Path) -> None:
-    """Each network's table and picture, and what of each contender one should know."""
-    networks = {row["case"]: row.get("network", row["case"]) for row in rows if "dense" in row}
+    """Each network's tables and picture, and why what is missing is."""
     parts = []
-    for case, network in networks.items():
-        measured = [row for row in rows if row["case"] == case and "dense" in row]
-        parts.append(f"### {network}\n\n{_note(measured)}\n\n{table(measured)}")
-        parts.append(f"{_summary(measured)}")
+    for case, measured in _by_case(rows).items():
+        network = measured[0]["network"]
         picture = document.with_name(f"results-{case}.svg")
         draw(measured, picture)
-        parts.append(f"![{network}: score against time]({picture.name})\n")
+        parts += [f"### {network}\n", f"{_note(measured)}\n", table(measured), _summary(measured)]
+        parts.append(f"![{network}: score against time and parameters]({picture.name})\n")
         parts.append(_refused([row for row in rows if row["case"] == case and "why not" in row]))
     between_markers(document, "suite", "\n".join(part for part in parts if part))
 
 
 def write_readme(rows: Sequence[Row], readme: Path) -> None:
-    """The same in short: of each network that is measured time and score, and the picture."""
-    parts = []
-    for case in dict.fromkeys(row["case"] for row in rows if "dense" in row):
-        measured = [row for row in rows if row["case"] == case and "dense" in row]
-        network = measured[0].get("network", case)
-        header = (f"{network} (dense {_score(measured[0]['dense'])})", "time", "MACs", "score")
-        lines = [
-            (
-                row["title"],
-                f"{row['time kept']:.0%}",
-                f"{row['MACs kept']:.0%}",
-                _score(row["recovered"]),
-            )
-            for row in measured
-        ]
-        parts.append(f"{_note(measured)}\n\n{markdown_table(header, lines)}")
-        parts.append(f"![{network}: score against time](docs/results-{case}.svg)\n")
-    between_markers(readme, "suite", "\n".join(parts))
+    """One table of all networks and contenders."""
+    networks = _by_case(rows)
+    header = ["", *(f"{one[0]['network']} ({_dense(one)})" for one in networks.values())]
+    titles = dict.fromkeys(row["title"] for one in networks.values() for row in one)
+    lines = [(title, *(_cell(one, title) for one in networks.values())) for title in titles]
+    every = [row for one in networks.values() for row in one]
+    between_markers(readme, "suite", f"{markdown_table(header, lines)}\n{_where(every)}\n")
+
+
+def _cell(rows: Sequence[Row], title: str) -> str:
+    """The time at a point lost, the least of the network in bold; empty if it was not measured."""
+    if title not in _titles(rows):
+        return ""
+    found = {one: _fastest(rows, one) for one in _titles(rows)}
+    shown = _shown_time(found[title])
+    return f"**{shown}**" if found[title] == min(filter(None, found.values())) else shown
+
+
+def _by_case(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """What was measured of each network."""
+    measured = [row for row in rows if "factorized" in row]
+    cases = dict.fromkeys(row["case"] for row in measured)
+    return {case: [row for row in measured if row["case"] == case] for case in cases}
+
+
+def _titles(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["title"] for row in rows))
+
+
+def _dense(rows: Sequence[Row]) -> str:
+    return _score(rows[0]["dense"])
 
 
 def _note(rows: Sequence[Row]) -> str:
-    machine, first = rows[0]["machine"], rows[0]
-    return (
-        f"Score: {first['unit']}; the dense network's is {_score(first['dense'])}. Measured "
-        f"{first['date'][:10]} on {machine['processor']}, {machine['threads']} threads, torch "
-        f"{machine['torch']}."
+    return f"Score: {rows[0]['unit']}; the dense network's is {_dense(rows)}. {_where(rows)}"
+
+
+def _where(rows: Sequence[Row]) -> str:
+    dates = sorted({row["date"][:10] for row in rows})
+    between = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    machines = dict.fromkeys(
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
+        for machine in (row["machine"] for row in rows)
     )
+    return f"Measured {between} on {'; '.join(machines)}."
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -75,6 +95,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _line(row: Row) -> tuple[str, ...]:
     ratios = [ours / dense for dense, ours in zip(row["dense ms"], row["small ms"], strict=True)]
+    memory, exported = row["memory to compress"], row["exported"]
     return (
         row["title"],
         f"{row['MACs kept']:.0%}",
@@ -82,35 +103,54 @@ def _line(row: Row) -> tuple[str, ...]:
         f"{row['time kept']:.0%} ({min(ratios):.0%} to {max(ratios):.0%})",
         _score(row["factorized"]),
         _score(row["recovered"]),
-        f"{row['seconds to compress']:.1f} s",
-        f"{row['memory to compress'] / 1e6:.0f} MB",
+        f"{'then ' if memory is None else ''}{row['seconds to compress']:.1f} s",
+        "" if memory is None else f"{memory / 1e6:.0f} MB",
         str(row["lines"]),
-        "yes" if row["exported"] else "no",
+        "" if exported is None else "yes" if exported else "no",
     )
 
 
 def _summary(rows: Sequence[Row]) -> str:
     """At equal time the score, at equal score the time; between what was measured."""
-    dense = rows[0]["dense"]
     lines = []
-    for title in dict.fromkeys(row["title"] for row in rows):
-        points = [(1.0, dense)]
-        points += [(row["time kept"], row["recovered"]) for row in rows if row["title"] == title]
-        half = _at([(time, score) for time, score in points], 0.5)
-        lost = _at([(dense - score, time) for time, score in points], 0.01)
-        lines.append((title, _score(half), "" if lost is None else f"{lost:.0%}"))
-    header = ("after recovery", "score at half of the time", "time at one point lost")
+    for title in _titles(rows):
+        half = _score_at(_points(rows, title), 0.5)
+        lines.append((title, _score(half), _shown_time(_fastest(rows, title))))
+    header = ("after recovery", "score at half of the time", "time at a point lost")
     return markdown_table(header, lines)
 
 
-def _at(points: Sequence[tuple[float, float]], place: float) -> float | None:
-    """Interpolated between the points beside it; None outside of them."""
-    below = [point for point in points if point[0] <= place]
-    above = [point for point in points if point[0] >= place]
-    if not below or not above:
-        return None
-    (x0, y0), (x1, y1) = max(below), min(above)
-    return y0 if x0 == x1 else y0 + (y1 - y0) * (place - x0) / (x1 - x0)
+def _points(rows: Sequence[Row], title: str) -> list[Point]:
+    """The dense network's and this contender's, by time."""
+    ours = [(row["time kept"], row["recovered"]) for row in rows if row["title"] == title]
+    return sorted([(1.0, rows[0]["dense"]), *ours])
+
+
+def _score_at(points: Sequence[Point], time: float) -> float | None:
+    """Interpolated; None below what was measured."""
+    for (t0, y0), (t1, y1) in pairwise(points):
+        if t0 <= time <= t1:
+            return y0 + (y1 - y0) * (time - t0) / (t1 - t0)
+    return None
+
+
+def _fastest(rows: Sequence[Row], title: str) -> tuple[float, bool] | None:
+    """The least time at which a point is lost, and whether less than that was; None: not faster."""
+    enough = rows[0]["dense"] - rows[0].get("point", POINT)
+    points = _points(rows, title)
+    if points[0][1] >= enough:
+        return (points[0][0], True) if points[0][0] < 1 else None
+    for (t0, y0), (t1, y1) in pairwise(points):
+        if y1 >= enough:
+            return t0 + (t1 - t0) * (enough - y0) / (y1 - y0), False
+    return None
+
+
+def _shown_time(found: tuple[float, bool] | None) -> str:
+    if found is None:
+        return "not faster"
+    time, is_more = found
+    return f"{'< ' if is_more else ''}{time:.0%}"
 
 
 def _score(value: float | None) -> str:
@@ -123,21 +163,21 @@ def _refused(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Score after recovery against the share of the time."""
+    """Score after recovery against the shares of the time and of the parameters."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for title in dict.fromkeys(row["title"] for row in rows):
-        points = sorted(
-            (row["time kept"], row["recovered"]) for row in rows if row["title"] == title
-        )
-        axes.plot(*zip(*points, strict=True), marker="o", label=title)
-    axes.axhline(rows[0]["dense"], color="0.6", linestyle="--", label="dense")
-    axes.set_xlabel("share of the dense network's time")
-    axes.set_ylabel(rows[0]["unit"].replace(", %", ""))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, of in zip(panels, ("time", "parameters"), strict=True):
+        for title in _titles(rows):
+            ours = [row for row in rows if row["title"] == title]
+            points = sorted((row[f"{of} kept"], row["recovered"]) for row in ours)
+            axes.plot(*zip(*points, strict=True), marker="o", label=title)
+        axes.axhline(rows[0]["dense"], color="0.6", linestyle="--", label="dense")
+        axes.set_xlabel(f"share of the dense network's {of}")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(rows[0]["unit"].replace(", %", ""))
+    panels[0].legend(fontsize=8)
     with rc_context({"svg.hashsalt": "rankfold"}):  # the same picture of the same rows
         figure.savefig(path, metadata={"Date": None})

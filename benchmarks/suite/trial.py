@@ -58,17 +58,21 @@ def tried(trial: Trial, threads: int) -> Iterator[dict[str, Any]]:
         yield from ({**trial.about(one), **of_all, "why not": reason} for one in trial.shares)
         return
     of_all |= {"dense": case.score(model)}
+    first = True
     for share in trial.shares:
-        about = {**trial.about(share), **of_all, "first": share == trial.shares[0]}
+        about = {**trial.about(share), **of_all}
+        epochs = trial.epochs or case.epochs
         try:
-            yield about | _measured(contender, case, model, share, trial.epochs or case.epochs)
+            yield about | _measured(contender, case, model, share, epochs, first)
+            first = False
         except RankfoldError as error:
             yield {**about, "why not": str(error)}
 
 
 def _measured(
-    contender: Contender, case: Case, model: nn.Module, share: float, epochs: int
+    contender: Contender, case: Case, model: nn.Module, share: float, epochs: int, first: bool
 ) -> dict[str, Any]:
+    """Of all but the first share no peak of memory, which does not come down, and no export."""
     batch = case.data[0]
     before_memory = _peak_memory()
     start = time.perf_counter()
@@ -95,7 +99,7 @@ def _measured(
         "parameters kept": shares[0],
         "MACs kept": shares[1],
         "seconds to compress": seconds,
-        "memory to compress": memory,
+        "memory to compress": memory if first else None,
         "factorized": factorized,
         "recovered": recovered,
         "seconds to recover": recovering,
@@ -103,7 +107,7 @@ def _measured(
         "dense ms": [dense for dense, _ in pairs],
         "small ms": [ours for _, ours in pairs],
         "time kept": statistics.median(ours / dense for dense, ours in pairs),
-        "exported": _is_exported(small, batch) if contender.trained else True,
+        "exported": (not contender.trained or _is_exported(small, batch)) if first else None,
     }
 
 

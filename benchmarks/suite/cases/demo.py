@@ -4,7 +4,7 @@ from rankfold.demo import accuracy, make_data, make_model, make_test
 from rankfold.distances import SquaredError
 from suite.case import Case
 
-SHARES = (0.5, 0.33, 0.2)
+SHARES = (0.33, 0.2, 0.12)
 
 
 def make() -> Case:

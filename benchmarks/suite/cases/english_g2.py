@@ -17,7 +17,7 @@ def make() -> Case:
     from scene_text import words_right
 
     fonts, held_out = split_fonts()
-    words = [images for images, _ in word_batches(500, fonts, seed=0)]
+    words = [images for images, _ in word_batches(320, fonts, seed=0)]
     middle = sorted(words, key=lambda images: images.shape[-1])[len(words) // 2]
     test = word_batches(500, held_out, seed=1)
     return Case(
@@ -25,7 +25,7 @@ def make() -> Case:
         "words right, %",
         make_recogniser,
         [middle[:1], *words],
-        [images for images, _ in word_batches(2_000, fonts, seed=2, varied=True)],
+        [images for images, _ in word_batches(800, fonts, seed=2, varied=True)],
         lambda model: words_right(model.eval(), test),
         Divergence(2.0),
         epochs=1,

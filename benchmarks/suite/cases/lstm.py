@@ -5,7 +5,7 @@ import japanese_vowels
 from rankfold.distances import Divergence
 from suite.case import Case
 
-SHARES = (0.6, 0.3)
+SHARES = (0.75, 0.5, 0.3)
 
 
 def make() -> Case:
