@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -49,9 +50,6 @@ def main(
         write_document(read(RESULTS), DOCUMENT)
         write_readme(read(RESULTS), README)
         return
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
-    ).stdout.strip()
     if quick:
         found = [row for one in QUICK for row in in_process_of_its_own(one, threads, minutes)]
         print(table([row for row in found if "factorized" in row]))
@@ -60,7 +58,7 @@ def main(
     done = {
         (row["case"], row["contender"], row["share"])
         for row in read(RESULTS)
-        if row["commit"] == commit and not again
+        if row["commit"] == commit() and not again
     }
     competing = {name: contenders.find(name) for name in contender or contenders.NAMES}
     for name, one in competing.items():
@@ -68,7 +66,7 @@ def main(
             print(f"{name} is left out: {one}")
     for one in every_trial(case or cases.NAMES, competing):
         if not all((one.case, one.contender, share) in done for share in one.shares):
-            about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit}
+            about = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
             for row in in_process_of_its_own(one, threads, minutes):
                 print(json.dumps(row), flush=True)
                 append(about | row, RESULTS)
@@ -105,6 +103,12 @@ def in_process_of_its_own(trial: Trial, threads: int, minutes: float) -> list[di
         found = read(rows)
     missing = [share for share in trial.shares if share not in {row["share"] for row in found}]
     return found + [{**trial.about(share), "why not": ended} for share in missing]
+
+
+@cache
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
 
 
 def append(row: dict, path: Path) -> None:
