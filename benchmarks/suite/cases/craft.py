@@ -17,14 +17,14 @@ def make() -> Case:
     from text_detector import overlap, text_regions
 
     fonts, held_out = split_fonts()
-    model, test = make_detector(), page_batches(16, held_out, seed=1)
-    pages = page_batches(64, fonts, seed=0)
+    model, test = make_detector(), page_batches(8, held_out, seed=1)
+    pages = page_batches(32, fonts, seed=0)
     found = [text_regions(model, one) for one in test]
     return Case(
         "CRAFT",
         "text regions as found by the dense network, %",
         make_detector,
-        [pages[0][:1], *pages[:8]],
+        [pages[0][:1], *pages[:5]],
         pages,
         lambda small: overlap([text_regions(small.eval(), one) for one in test], found),
         SquaredError(),

@@ -9,7 +9,7 @@ SHARES = (0.5, 0.25)
 
 
 def make() -> Case:
-    frames, cents = crepe.tones(512, seed=1)
+    frames, cents = crepe.tones(256, seed=1)
     test = list(zip(frames.split(16), cents.split(16), strict=True))
     calibration = crepe.tones(160, seed=0)[0]
     return Case(
@@ -17,7 +17,7 @@ def make() -> Case:
         "pitches right, %",
         crepe.make_model,
         list(calibration.split(8)),
-        list(crepe.tones(512, seed=2)[0].split(16)),
+        list(crepe.tones(320, seed=2)[0].split(16)),
         lambda model: crepe.accuracy(model.eval(), test),
         SquaredError(),
         epochs=1,
