@@ -9,7 +9,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch.utils import _pytree
 
 import rankfold
-from rankfold.batches import run
+from rankfold.batches import batch_size, run
 from rankfold.runtime import OnnxNetwork, call_of
 
 NAME, PACKAGES, DISTRIBUTIONS = "int8 in ONNX Runtime", ("onnxruntime",), {}
@@ -28,8 +28,9 @@ def baseline(model, case):
 
 def written(model, case, folder):
     path = folder / "float32.onnx"
-    rankfold.export(model, path, case.data[0], dynamic="all")
-    return path, OnnxNetwork(path, call_of(model, case.data[0], run).structure)
+    several = next(batch for batch in case.data if batch_size(batch) > 1)  # one alone is a constant
+    rankfold.export(model, path, several, dynamic="all")
+    return path, OnnxNetwork(path, call_of(model, several, run).structure)
 
 
 class Batches(CalibrationDataReader):
