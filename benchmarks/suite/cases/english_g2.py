@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from rankfold.distances import Divergence
+from rankfold.distances import Transcription
 from suite.case import Case
 
 sys.path.append(str(Path(__file__).parents[3] / "examples"))
@@ -27,7 +27,7 @@ def make() -> Case:
         [middle[:1], *words],
         [images for images, _ in word_batches(800, fonts, seed=2)],
         lambda model: words_right(model.eval(), test),
-        Divergence(2.0),
+        Transcription(),
         epochs=1,
         learning_rate=3e-4,
     )
