@@ -30,4 +30,5 @@ def make() -> Case:
         SquaredError(),
         epochs=1,
         learning_rate=3e-4,
+        point=0.05,
     )

@@ -3,8 +3,9 @@
 `compress` gives a network of about a share of the MACs, before recovery, and its module is all that
 a user would have to write: its lines are counted, with those of the module that it `BUILDS_ON`, if
 there is one. A module may say `SHARES`, where it cannot be asked for those of the case; `TRAINED =
-False` of what cannot be recovered; and `baseline(model, case)`, the dense network in the runtime
-that the compressed one is for, beside which it is timed.
+False` of what is not recovered; `finish(small, case)`, what is done after recovery; and
+`baseline(model, case)`, the dense network in the runtime that the finished one is for, beside which
+it is timed.
 """
 
 import ast
@@ -29,6 +30,7 @@ NAMES = (
     "aimet",
     "aimet_weight_svd",
     "onnx_int8",
+    "rankfold_int8",
 )
 
 
@@ -37,6 +39,7 @@ class Contender:
     name: str
     compress: Callable[[Case, float], nn.Module]
     why_not: Callable[[nn.Module], str | None]  # of a network that it cannot take
+    finish: Callable[[nn.Module, Case], nn.Module]
     baseline: Callable[[nn.Module, Case], nn.Module]
     shares: tuple[float, ...] | None  # those it can be asked for
     trained: bool  # whether it can be recovered
@@ -55,6 +58,7 @@ def find(name: str) -> Contender | str:
         module.NAME,
         module.compress,
         module.why_not,
+        getattr(module, "finish", lambda small, case: small),
         getattr(module, "baseline", lambda model, case: model),
         getattr(module, "SHARES", None),
         getattr(module, "TRAINED", True),

@@ -47,8 +47,12 @@ class Batches(CalibrationDataReader):
 
 
 def compress(case, share):
+    return case.make_model().eval()
+
+
+def finish(model, case):
     with tempfile.TemporaryDirectory() as folder:
-        return quantized(case.make_model().eval(), case, Path(folder))
+        return quantized(model, case, Path(folder))
 
 
 def quantized(model, case, folder):
