@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from rankfold.distances import Distance
+from rankfold.measure import Metric
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,5 @@ class Case:
     epochs: int  # of recovery, the same for every contender
     learning_rate: float
     point: float = 0.01  # of the score: what may be lost where times are compared
+    validation: list[Any] | None = None  # of recovery, beside `training`; no labels either
+    agreement: Metric | None = None  # on it: which epoch is kept, where the distance says little

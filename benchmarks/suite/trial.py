@@ -88,6 +88,8 @@ def _measured(
             case.training,
             teacher=model,
             distance=case.distance,
+            validation=case.validation,
+            metric=case.agreement,
             epochs=epochs,
             learning_rate=case.learning_rate,
         )

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import torch
+
 from rankfold.distances import Transcription
 from suite.case import Case
 
@@ -12,7 +14,7 @@ SHARES = (0.5, 0.35)
 
 
 def make() -> Case:
-    from ocr_models import make_recogniser
+    from ocr_models import decode, make_recogniser
     from rendered_text import split_fonts, word_batches
     from scene_text import words_right
 
@@ -20,6 +22,10 @@ def make() -> Case:
     words = [images for images, _ in word_batches(320, fonts, seed=0)]
     middle = sorted(words, key=lambda images: images.shape[-1])[len(words) // 2]
     test = word_batches(500, held_out, seed=1)
+    model = make_recogniser()
+    others = [images for images, _ in word_batches(200, fonts, seed=3)]
+    with torch.no_grad():
+        read = [(images, decode(model(images))) for images in others]
     return Case(
         "english_g2",
         "words right, %",
@@ -30,4 +36,6 @@ def make() -> Case:
         Transcription(),
         epochs=1,
         learning_rate=3e-4,
+        validation=read,
+        agreement=words_right,
     )
