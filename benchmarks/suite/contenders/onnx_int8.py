@@ -1,7 +1,7 @@
 """int8 by ONNX Runtime's quantizer, timed beside float32 there.
 
-Activations of convolutional networks are calibrated, those of others scaled as they come. Processors
-without VNNI add pairs of products in 16 bits, hence the reduced range.
+Activations of convolutional networks are calibrated, those of others scaled as they come. The range
+is reduced for processors without VNNI, which add pairs of products in 16 bits.
 """
 
 import tempfile
