@@ -8,6 +8,8 @@ from typing import Any
 
 from race import between_markers, markdown_table
 
+from suite import cases, contenders
+
 Row = dict[str, Any]
 Point = tuple[float, float]  # share of the time, score
 
@@ -40,9 +42,12 @@ def write_readme(rows: Sequence[Row], readme: Path) -> None:
     """One table of all networks and contenders."""
     networks = _by_case(rows)
     header = ["", *(f"{one[0]['network']} ({_dense(one)})" for one in networks.values())]
-    titles = dict.fromkeys(row["title"] for one in networks.values() for row in one)
-    lines = [(title, *(_cell(one, title) for one in networks.values())) for title in titles]
     every = [row for one in networks.values() for row in one]
+    titles = {
+        row["contender"]: row["title"]
+        for row in sorted(every, key=lambda row: contenders.NAMES.index(row["contender"]))
+    }.values()
+    lines = [(title, *(_cell(one, title) for one in networks.values())) for title in titles]
     between_markers(readme, "suite", f"{markdown_table(header, lines)}\n{_where(every)}\n")
 
 
@@ -57,9 +62,12 @@ def _cell(rows: Sequence[Row], title: str) -> str:
 
 def _by_case(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """What was measured of each network."""
-    measured = [row for row in rows if "factorized" in row]
-    cases = dict.fromkeys(row["case"] for row in measured)
-    return {case: [row for row in measured if row["case"] == case] for case in cases}
+    measured = sorted(
+        (row for row in rows if "factorized" in row),
+        key=lambda row: (contenders.NAMES.index(row["contender"]), -row["share"]),
+    )
+    found = {case: [row for row in measured if row["case"] == case] for case in cases.NAMES}
+    return {case: ours for case, ours in found.items() if ours}
 
 
 def _titles(rows: Sequence[Row]) -> list[str]:
