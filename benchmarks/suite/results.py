@@ -39,7 +39,7 @@ def write_document(rows: Sequence[Row], document: Path) -> None:
 
 
 def write_readme(rows: Sequence[Row], readme: Path) -> None:
-    """One table of all networks and contenders."""
+    """One table of all networks and contenders, and the picture of the first."""
     networks = _by_case(rows)
     header = ["", *(f"{one[0]['network']} ({_dense(one)})" for one in networks.values())]
     every = [row for one in networks.values() for row in one]
@@ -48,7 +48,10 @@ def write_readme(rows: Sequence[Row], readme: Path) -> None:
         for row in sorted(every, key=lambda row: contenders.NAMES.index(row["contender"]))
     }.values()
     lines = [(title, *(_cell(one, title) for one in networks.values())) for title in titles]
-    between_markers(readme, "suite", f"{markdown_table(header, lines)}\n{_where(every)}\n")
+    case, first = next(iter(networks.items()))
+    picture = f"![{first[0]['network']}: score against time](docs/results-{case}.svg)"
+    text = f"{markdown_table(header, lines)}\n{_where(every)}\n\n{picture}\n"
+    between_markers(readme, "suite", text)
 
 
 def _cell(rows: Sequence[Row], title: str) -> str:
