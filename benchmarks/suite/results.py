@@ -178,7 +178,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, of in zip(panels, ("time", "parameters"), strict=True):
         for title in _titles(rows):
@@ -189,6 +189,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_xlabel(f"share of the dense network's {of}")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(rows[0]["unit"].replace(", %", ""))
-    panels[0].legend(fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
+    )
     with rc_context({"svg.hashsalt": "rankfold"}):  # the same picture of the same rows
         figure.savefig(path, metadata={"Date": None})
