@@ -21,7 +21,7 @@ FLOORS = [
     {
         *("plan", "knapsack", "batches", "clock", "outputs", "fingerprint", "cost"),
         *("replacement", "unfusing", "copies", "merging", "narrowing", "runtime"),
-        *("pretrained", "processes", "journal", "request"),
+        *("pretrained", "processes", "journal", "request", "recurrent_nodes"),
     },
     {"analysis", "measure"},
     {"distances"},

@@ -26,3 +26,4 @@ class Case:
     point: float = 0.01  # of the score: what may be lost where times are compared
     validation: list[Any] | None = None  # of recovery, beside `training`; no labels either
     agreement: Metric | None = None  # on it: which epoch is kept, where the distance says little
+    fixed: tuple[str, ...] = ()  # layers whose outputs the network's own code counts

@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 from rankfold.batches import Forward, device_of, run_or_explain, running
 from rankfold.errors import DeviceError, ModelError, RankfoldError
+from rankfold.recurrent_nodes import with_recurrent_nodes
 
 Runtime = Literal["eager", "compile", "cuda-graph", "onnxruntime", "openvino"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
@@ -133,7 +134,7 @@ def call_of(model: nn.Module, batch: Any, forward: Forward) -> Call:
 
 def write_onnx(model: nn.Module, call: Call, path: Path, dynamic: Any = None) -> None:
     """By torch's exporter through `torch.export`; `dynamic` are its dynamic shapes."""
-    with warnings.catch_warnings(), _quiet("torch.onnx"):
+    with warnings.catch_warnings(), _quiet("torch.onnx"), with_recurrent_nodes(model):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model,

@@ -80,6 +80,29 @@ def test_sizes_may_differ_where_the_model_allows(kind, tmp_path) -> None:
     assert export(fixed, path, batch, dynamic="all").dynamic == ("batch",)
 
 
+class Reader(nn.Module):
+    """Of words: a convolution over the picture, its columns in sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 6, 3, padding=1)
+        self.columns = nn.AdaptiveAvgPool2d((None, 1))
+        self.lstm = nn.LSTM(6, 5, bidirectional=True, batch_first=True)
+
+    def forward(self, pictures):
+        seen = self.convolution(pictures).relu().permute(0, 3, 1, 2)
+        return self.lstm(self.columns(seen).squeeze(3))[0]
+
+
+@pytest.mark.parametrize("kind", [name for name in INSTALLED if name in ("onnx", "openvino")])
+def test_readers_take_words_of_any_width(kind, tmp_path) -> None:
+    """Though ONNX Runtime does not read a file in which heights are free too."""
+    torch.manual_seed(0)
+    path, pictures = tmp_path / f"reader{SUFFIX[kind]}", torch.randn(2, 1, 8, 12)
+    done = export(Reader(), path, pictures, dynamic="all")
+    assert "batch" in done.dynamic and {"size", "last axis"} & set(done.dynamic)
+
+
 class Loops(nn.Module):
     """As many steps as there are samples: no length but its own."""
 

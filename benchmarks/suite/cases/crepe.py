@@ -22,4 +22,5 @@ def make() -> Case:
         SquaredError(),
         epochs=1,
         learning_rate=3e-4,
+        fixed=("conv6",),
     )

@@ -24,7 +24,7 @@ def compress(case, share):
         pruning_ratio=0.95,
         global_pruning=True,
         max_pruning_ratio=0.9,
-        ignored_layers=[last],
+        ignored_layers=[last, *map(model.get_submodule, case.fixed)],
         iterative_steps=200,
     )
     dense, _ = torch_pruning.utils.count_ops_and_params(model, batch)

@@ -36,6 +36,7 @@ from rankfold.tables import Shown
 Format = Literal["onnx", "openvino", "torch", "executorch"]
 _CLOSE = 1e-3  # relative norm of the outputs' difference: what other kernels may round otherwise
 Axes = Literal["batch", "all"]
+_ALL = ()  # of the axes
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Exported(Shown):
     path: Path
     runtime: str  # and its version
     file_bytes: int  # of all files
-    dynamic: tuple[str, ...]  # "batch", "size": what was run at another size and gave the same
+    dynamic: tuple[str, ...]  # "batch", "size", "last axis": run at another, and gave the same
     output_error: float  # norm of the outputs' difference over that of the network's
     before_ms: float  # of one batch, by torch
     after_ms: float
@@ -81,10 +82,10 @@ def export(
     `to` is "onnx" (ONNX Runtime), "openvino" (by way of ONNX), "torch" (`torch.export`, a .pt2) or
     "executorch" (a .pte); by default what the suffix of the path says. The file needs no rankfold.
     `example` is one batch (see `rankfold.batches`). With `dynamic` the first axis of the inputs may
-    have other lengths than there ("batch"), or every axis ("all"), as far as the model allows: what
-    it does not, is exported at the sizes of the example; what does, the file is run with to see.
-    Batch norms are folded first (`fold`). With `metric` it is evaluated on `data` by torch and by
-    the file.
+    have other lengths than there ("batch"), or every axis ("all"), as far as model and runtime
+    allow: all axes are tried, then the first and the last, then the first. The others are exported
+    at the sizes of the example, and the file is run at other sizes to see. Batch norms are folded
+    first (`fold`). With `metric` it is evaluated on `data` by torch and by the file.
 
     The model is left as it is. Raises CheckpointError for a file that cannot be written, ModelError
     for a model that cannot be exported or a file that gives other outputs, DeviceError for a
@@ -140,8 +141,7 @@ def _tried(
 ) -> tuple[Exported, nn.Module]:
     """Written, run and compared; and what runs the file."""
     with running(network), torch.no_grad():
-        structure = _write(network, batch, forward, path, kind, dynamic)
-        file = _loaded(kind, path, structure)
+        file = _written(network, batch, forward, path, kind, dynamic)
         error = output_error(forward(network, batch), run_or_explain(forward, file, batch, 0))
         if not error <= _CLOSE:
             raise ModelError(f"{path.name} gives other outputs than the model: by {error:.2g}")
@@ -170,18 +170,18 @@ def _format_of(path: Path) -> str:
     raise RankfoldError(f"'{path}' does not tell the format: end it in {known}, or give to=")
 
 
-def _write(
+def _written(
     network: nn.Module,
     batch: Any,
     forward: Forward,
     target: Path,
     kind: FileFormat,
     axes: Axes | None,
-) -> Any:
-    """With as many dynamic axes as the model allows, of those asked for; the outputs' nesting."""
-    wanted: dict[Axes | None, tuple[Axes | None, ...]] = {
-        "all": ("all", "batch", None),
-        "batch": ("batch", None),
+) -> nn.Module:
+    """With as many dynamic axes as model and runtime allow, of those asked for; what runs it."""
+    wanted: dict[Axes | None, tuple[tuple[int, ...] | None, ...]] = {
+        "all": (_ALL, (0, -1), (0,), None),
+        "batch": ((0,), None),
         None: (None,),
     }
     reason: Exception | None = None
@@ -191,17 +191,18 @@ def _write(
             shapes = None if some is None else _dynamic_shapes(network, call, some)
             with _writing(target):
                 kind.write(network, call, shapes, target)
+            return _loaded(kind, target, call.structure)
         except CheckpointError:
             raise
         except Exception as error:
             reason = error
-        else:
-            return call.structure
+    if isinstance(reason, ModelError):
+        raise reason
     line = (str(reason) or type(reason).__name__).strip().splitlines()[0]
     raise ModelError(f"the model cannot be exported: {line:.300}") from reason
 
 
-def _example(batch: Any, axes: Axes | None) -> Any:
+def _example(batch: Any, axes: tuple[int, ...] | None) -> Any:
     """Of two samples at least: an axis of length 1 would be taken for one that broadcasts."""
     size = batch_size(batch)
     if axes is None or size != 1:
@@ -209,8 +210,8 @@ def _example(batch: Any, axes: Axes | None) -> Any:
     return map_tensors(batch, partial(_more_samples, size=size))
 
 
-def _dynamic_shapes(network: nn.Module, call: Call, axes: Axes) -> dict[str, Any]:
-    """By parameter of the forward, which axes of a tensor may have other lengths.
+def _dynamic_shapes(network: nn.Module, call: Call, axes: tuple[int, ...]) -> dict[str, Any]:
+    """By parameter of the forward, which axes of a tensor may have other lengths, or all of them.
 
     The exporter finds out which of them really can.
     """
@@ -218,8 +219,8 @@ def _dynamic_shapes(network: nn.Module, call: Call, axes: Axes) -> dict[str, Any
     def of(tensor: Any) -> Any:
         if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
             return None
-        count = tensor.dim() if axes == "all" else 1
-        return dict.fromkeys(range(count), torch.export.Dim.AUTO)
+        free = range(tensor.dim()) if axes == _ALL else {axis % tensor.dim() for axis in axes}
+        return dict.fromkeys(free, torch.export.Dim.AUTO)
 
     args, kwargs = _pytree.tree_map(of, call.args), _pytree.tree_map(of, call.kwargs)
     return dict(inspect.signature(network.forward).bind(*args, **kwargs).arguments)
@@ -234,8 +235,9 @@ def _other_sizes(
     if dynamic is not None:
         tries.append(("batch", partial(_more_samples, size=size)))
     if dynamic == "all":
-        tries.append(("size", _larger))
-    return tuple(name for name, change in tries if _agree(network, file, batch, forward, change))
+        tries.extend([("size", _larger), ("last axis", _longer)])
+    found = [name for name, change in tries if _agree(network, file, batch, forward, change)]
+    return tuple(name for name in found if name != "last axis" or "size" not in found)
 
 
 def _more_samples(tensor: torch.Tensor, size: int) -> torch.Tensor:
@@ -250,6 +252,11 @@ def _larger(tensor: torch.Tensor) -> torch.Tensor:
     for axis in range(first, tensor.dim()):
         tensor = torch.cat([tensor, tensor], axis)
     return tensor
+
+
+def _longer(tensor: torch.Tensor) -> torch.Tensor:
+    """Twice as long along the last axis: the width of pictures, the length of sounds."""
+    return tensor if tensor.dim() < 2 else torch.cat([tensor, tensor], -1)
 
 
 def _agree(
