@@ -46,18 +46,22 @@ def write_readme(rows: Sequence[Row], readme: Path) -> None:
     titles = {
         row["contender"]: row["title"]
         for row in sorted(every, key=lambda row: contenders.NAMES.index(row["contender"]))
-    }.values()
-    lines = [(title, *(_cell(one, title) for one in networks.values())) for title in titles]
+    }
+    tried = {(row["case"], row["contender"]) for row in rows}
+    lines = [
+        (title, *(_cell(one, title, (case, name) in tried) for case, one in networks.items()))
+        for name, title in titles.items()
+    ]
     case, first = next(iter(networks.items()))
     picture = f"![{first[0]['network']}: score against time](docs/results-{case}.svg)"
     text = f"{markdown_table(header, lines)}\n{_where(every)}\n\n{picture}\n"
     between_markers(readme, "suite", text)
 
 
-def _cell(rows: Sequence[Row], title: str) -> str:
-    """The time at a point lost, the least of the network in bold; empty if it was not measured."""
+def _cell(rows: Sequence[Row], title: str, is_tried: bool) -> str:
+    """The time at a point lost, the least of the network in bold; "no" if there is no result."""
     if title not in _titles(rows):
-        return ""
+        return "no" if is_tried else ""
     found = {one: _fastest(rows, one) for one in _titles(rows)}
     shown = _shown_time(found[title])
     return f"**{shown}**" if found[title] == min(filter(None, found.values())) else shown
