@@ -34,7 +34,9 @@ def with_recurrent_nodes(model: nn.Module) -> Iterator[None]:
 
 
 def _has_node(module: nn.Module) -> bool:
-    return hasattr(torch.onnx, "ops") and type(module) in RECURRENT  # of torch 2.8 and later
+    """Of torch's own layers whose forward is their own still; torch 2.8 and later."""
+    own = type(module) in RECURRENT and "forward" not in vars(module)
+    return own and hasattr(torch.onnx, "ops")
 
 
 def _through_nodes(layer: Any, input: Any, hx: Any = None) -> Any:  # noqa: A002  (torch's name)

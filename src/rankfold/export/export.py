@@ -220,7 +220,8 @@ def _dynamic_shapes(network: nn.Module, call: Call, axes: tuple[int, ...]) -> di
         if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0:
             return None
         free = range(tensor.dim()) if axes == _ALL else {axis % tensor.dim() for axis in axes}
-        return dict.fromkeys(free, torch.export.Dim.AUTO)
+        longer = [axis for axis in free if tensor.shape[axis] > 1]  # one might be broadcast
+        return dict.fromkeys(longer, torch.export.Dim.AUTO)
 
     args, kwargs = _pytree.tree_map(of, call.args), _pytree.tree_map(of, call.kwargs)
     return dict(inspect.signature(network.forward).bind(*args, **kwargs).arguments)
