@@ -22,8 +22,9 @@ _NODES = "onnx_nodes"
 def with_recurrent_nodes(model: nn.Module) -> Iterator[None]:
     """Within, recurrent layers of `model` are nodes of ONNX: for its exporter alone."""
     layers: list[Any] = [one for one in model.modules() if _has_node(one)]
-    for layer in layers:
-        layer.add_module(_NODES, RecurrentNodes(layer))
+    nodes = [RecurrentNodes(layer) for layer in layers]
+    for layer, ones in zip(layers, nodes, strict=True):
+        layer.add_module(_NODES, ones)
         layer.forward = partial(_through_nodes, layer)
     try:
         yield

@@ -13,6 +13,8 @@ BUILDS_ON = aimet_greedy
 
 
 def why_not(model):
+    if any(isinstance(m, nn.Embedding) for m in model.modules()):
+        return "it runs networks on a tensor of floats of its own, not on tokens"
     if not any(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules()):
         return "it takes two-dimensional convolutions and linear layers alone"
     return None
