@@ -79,7 +79,7 @@ def every_trial(
 ) -> list[Trial]:
     """Of those that are installed."""
     return [
-        Trial(name, contender, one.shares or cases.shares(name))
+        Trial(name, contender, one.shares or cases.shares(name, one.of_time))
         for name in names
         for contender, one in competing.items()
         if not isinstance(one, str)

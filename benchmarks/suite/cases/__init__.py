@@ -1,6 +1,7 @@
 """The networks of the suite, by name: modules with `make() -> Case` and `SHARES` of the MACs.
 
-Sizes of data and recovery are such that a contender takes minutes, not hours.
+And `TIMES`, shares of the time, where those are others. Sizes of data and recovery are such that a
+contender takes minutes, not hours.
 """
 
 from importlib import import_module
@@ -10,9 +11,10 @@ from suite.case import Case
 NAMES = ("demo", "english_g2", "craft", "crepe", "minilm", "lstm", "language_model")
 
 
-def shares(name: str) -> tuple[float, ...]:
-    """Of the MACs, about what contenders are asked for."""
-    return import_module(f"suite.cases.{name}").SHARES
+def shares(name: str, of_time: bool = False) -> tuple[float, ...]:
+    """Of the MACs or the time, about what contenders are asked for."""
+    module = import_module(f"suite.cases.{name}")
+    return getattr(module, "TIMES", module.SHARES) if of_time else module.SHARES
 
 
 def make(name: str) -> Case:

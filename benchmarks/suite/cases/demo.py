@@ -5,6 +5,7 @@ from rankfold.distances import SquaredError
 from suite.case import Case
 
 SHARES = (0.33, 0.2, 0.12)
+TIMES = (0.5, 0.33)
 
 
 def make() -> Case:

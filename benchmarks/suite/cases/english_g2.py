@@ -11,6 +11,7 @@ from suite.case import Case
 sys.path.append(str(Path(__file__).parents[3] / "examples"))
 
 SHARES = (0.5, 0.35)
+TIMES = (0.75, 0.6, 0.5)
 
 
 def make() -> Case:

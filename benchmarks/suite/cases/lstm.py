@@ -6,6 +6,7 @@ from rankfold.distances import Divergence
 from suite.case import Case
 
 SHARES = (0.75, 0.5, 0.3)
+TIMES = (0.9, 0.75, 0.6)
 
 
 def make() -> Case:

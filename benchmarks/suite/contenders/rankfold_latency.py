@@ -3,6 +3,7 @@
 import rankfold
 
 NAME, PACKAGES, DISTRIBUTIONS = "rankfold, by the clock", ("rankfold",), {}
+OF_TIME = True
 
 
 def why_not(model):
