@@ -22,8 +22,8 @@ from torch import nn
 
 import rankfold
 from rankfold.analysis import AnalysedLayer
+from rankfold.analysis.alone import filled
 from rankfold.analysis.candidates import below_break_even
-from rankfold.analysis.latency import filled
 from rankfold.analysis.survey import survey
 from rankfold.batches import run
 from rankfold.cost import count_parameters

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankfold.analysis.in_context import milliseconds_in_place, milliseconds_inside
+from rankfold.analysis.in_context import relative_in_place, shares_inside
 
 CPU = torch.device("cpu")
 
@@ -38,14 +38,15 @@ class Slow(nn.Module):
 
 
 def test_only_these_layers_are_timed_over_all_their_calls(clock) -> None:
-    first, second = Slow(clock, 2), Slow(clock, 20)
+    first, second, unused = Slow(clock, 2), Slow(clock, 20), Slow(clock, 1)
 
     def call() -> torch.Tensor:
         return second(first(first(torch.zeros(1))))
 
-    assert milliseconds_inside([first], call, CPU) == pytest.approx(4)
-    assert milliseconds_inside([first, second], call, CPU) == pytest.approx(24)
-    assert milliseconds_inside([], call, CPU) == 0
+    assert shares_inside([first], call, CPU) == {first: pytest.approx(4 / 24)}
+    found = shares_inside([first, second, unused], call, CPU)
+    assert found == {first: pytest.approx(4 / 24), second: pytest.approx(20 / 24)}
+    assert shares_inside([], call, CPU) == {}
     assert not first._forward_hooks and not first._forward_pre_hooks
 
 
@@ -59,13 +60,40 @@ def test_forms_get_what_the_layers_get_and_the_network_goes_on_as_it_was(clock) 
         seen.append(output.item())
         return output
 
-    assert milliseconds_in_place({layer: form}, call, CPU) == pytest.approx(2)
+    assert relative_in_place({layer: form}, call, CPU) == {layer: pytest.approx(0.1)}
     assert set(seen) == {21} and set(given) == {1} and form.calls == layer.calls
-    assert not layer._forward_hooks
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+    assert relative_in_place({Slow(clock, 1): form}, call, CPU) == {}  # which is never run
+
+
+def test_a_processor_that_slows_down_changes_nothing(clock) -> None:
+    """Every run at another speed: what is compared is taken in the same one."""
+    layer, form, runs = Slow(clock, 20), Slow(clock, 2), []
+
+    def call() -> torch.Tensor:
+        speed = 1.7 ** (len(runs) % 3)
+        runs.append(speed)
+        layer.milliseconds, form.milliseconds = 20 * speed, 2 * speed
+        clock.seconds += 20e-3 * speed
+        return layer(torch.ones(1))
+
+    assert shares_inside([layer], call, CPU) == {layer: pytest.approx(0.5)}
+    assert relative_in_place({layer: form}, call, CPU) == {layer: pytest.approx(0.1)}
+    assert len(set(runs)) == 3
+
+
+def test_what_takes_no_time_at_all_counts_as_a_little(clock) -> None:
+    layer, form = Slow(clock, 0), Slow(clock, 0)
+
+    def call() -> torch.Tensor:
+        return layer(torch.ones(1))
+
+    assert 0 < shares_inside([layer], call, CPU)[layer] <= 1
+    assert relative_in_place({layer: form}, call, CPU) == {layer: 1}
 
 
 def test_hooks_are_removed_where_a_network_fails() -> None:
     layer = nn.Linear(2, 2)
     with pytest.raises(RuntimeError):
-        milliseconds_in_place({layer: layer}, lambda: layer(torch.ones(3)), CPU)
-    assert not layer._forward_hooks
+        relative_in_place({layer: layer}, lambda: layer(torch.ones(3)), CPU)
+    assert not layer._forward_hooks and not layer._forward_pre_hooks

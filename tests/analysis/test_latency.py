@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from networks import make_data, make_model
 from torch import nn
 
-from rankfold.analysis import latency
+from rankfold.analysis import alone, latency
 from rankfold.analysis.latency import (
     LayerTiming,
     LayerToTime,
@@ -29,15 +29,28 @@ axes = st.lists(st.integers(1, 200), min_size=1, max_size=5, unique=True).map(
 grids = st.lists(axes, min_size=1, max_size=3).map(tuple)
 
 
+def next_block(entry: int) -> int:
+    return entry if entry <= 32 else -(-entry // 32) * 32
+
+
 def timing_of(grid, table) -> LayerTiming:
     return LayerTiming(1.0, {"method": grid}, {"method": np.asarray(table, dtype=float)})
 
 
 @given(grids, st.integers(0, 1000))
 def test_at_the_points_of_the_grid_times_are_those_measured(grid, seed) -> None:
+    grid = tuple(tuple(sorted(set(map(next_block, entry)))) for entry in grid)
     table = np.random.default_rng(seed).random([len(entry) for entry in grid])
     found = timing_of(grid, table).of("method", list(product(*grid)))
     np.testing.assert_allclose(found, table.flatten(), rtol=1e-12)
+
+
+def test_ranks_that_fill_a_block_in_part_take_as_long_as_whole_blocks() -> None:
+    timing = timing_of(((8, 32, 64, 120),), [1.0, 2.0, 6.0, 8.0])
+    ranks = [(8,), (20,), (32,), (33,), (40,), (64,), (72,), (96,), (104,), (120,)]
+    found = timing.of("method", ranks)
+    at_96 = 6 + 2 * 32 / 56
+    assert found.tolist() == pytest.approx([1, 1.5, 2, 6, 6, 6, at_96, at_96, 8, 8])
 
 
 @given(grids, st.integers(0, 1000), st.data())
@@ -52,7 +65,7 @@ def test_between_and_beyond_times_are_multilinear_and_clipped(grid, seed, data) 
     timing = timing_of(grid, np.reshape(table, [len(entry) for entry in grid]))
     ranks = data.draw(st.lists(st.tuples(*(st.integers(1, 300) for _ in grid)), min_size=1))
     clipped = [
-        [min(max(entry, axis[0]), axis[-1]) for entry, axis in zip(rank, grid, strict=True)]
+        [min(max(next_block(e), axis[0]), axis[-1]) for e, axis in zip(rank, grid, strict=True)]
         for rank in ranks
     ]
     found = timing.of("method", ranks)
@@ -81,6 +94,8 @@ def test_the_grid_has_a_few_ranks_the_least_and_greatest_among_them(ranks) -> No
         assert list(values) == sorted(set(values))
         assert set(values) <= set(entry) and len(values) <= 6
         assert (values[0], values[-1]) == (min(entry), max(entry))
+        if any(value <= 32 or value % 32 == 0 for value in entry):
+            assert all(value <= 32 or value % 32 == 0 for value in values[1:-1])
     assert math.prod(len(values) for values in grid) <= {1: 6, 2: 16, 3: 27}[len(grid)]
 
 
@@ -88,7 +103,7 @@ def test_the_grid_has_a_few_ranks_the_least_and_greatest_among_them(ranks) -> No
 def quick(monkeypatch) -> None:
     """Whole networks are run as few times as there may be."""
     monkeypatch.setattr(import_module("rankfold.measure"), "_SECONDS", 1e-3)
-    monkeypatch.setattr(latency, "_RUNS", (3, 3))  # the least that have a quartile
+    monkeypatch.setattr(alone, "_RUNS", (3, 3))  # the least that have a quartile
 
 
 def to_time(model: nn.Module) -> list[LayerToTime]:
@@ -107,6 +122,11 @@ def to_time(model: nn.Module) -> list[LayerToTime]:
 
 def refuse(*_: object) -> float:
     raise AssertionError("measured again")
+
+
+def nothing(*_: object) -> dict[nn.Module, float]:
+    """Of a network that runs none of its layers as modules: they are timed by themselves."""
+    return {}
 
 
 @pytest.mark.usefixtures("quick")
@@ -133,16 +153,14 @@ def test_a_network_is_timed_with_all_that_could_replace_its_layers(monkeypatch) 
             found = timing.of(key, layer.ranks[key])
             least, most = table.min() * (1 - 1e-9), table.max() * (1 + 1e-9)
             assert ((least <= found) & (found <= most)).all()
-    # What is known is not measured again: only the network is, and what forms take within it.
+    # What is known is not measured again: only what the network spends in its layers is.
+    monkeypatch.setattr(latency, "relative_in_place", refuse)
     monkeypatch.setattr(latency, "milliseconds", refuse)
     _, again = time_network(model, batch, layers, run, cache)
-    ratios: dict[str, list[float]] = {"dense": []}
     for name, timing in again.items():
-        ratios["dense"].append(timing.dense_ms / timings[name].dense_ms)
         for key, table in timing.tables.items():
-            ratios.setdefault(key, []).extend((table / timings[name].tables[key]).flatten())
-    for of_one_form in ratios.values():
-        assert of_one_form == pytest.approx([of_one_form[0]] * len(of_one_form))
+            before = timings[name].tables[key] / timings[name].dense_ms
+            np.testing.assert_allclose(table / timing.dense_ms, before, rtol=1e-9)
     with pytest.raises(AssertionError, match="measured again"):
         time_network(model, batch, layers, run, TimingCache(None))
 
@@ -157,7 +175,7 @@ def test_times_are_remembered_by_device_threads_shape_and_precision(monkeypatch)
         return float(len(measured))
 
     monkeypatch.setattr(latency, "milliseconds", note)
-    monkeypatch.setattr(latency, "milliseconds_inside", lambda *_: 0.0)  # times stay as they are
+    monkeypatch.setattr(latency, "shares_inside", nothing)
 
     def dense_ms(module: nn.Module, *shapes: tuple[int, ...]) -> float:
         dtype = next(module.parameters()).dtype
@@ -182,7 +200,11 @@ def test_times_are_remembered_by_device_threads_shape_and_precision(monkeypatch)
 def test_times_may_fall_with_rank(monkeypatch) -> None:
     """What was measured stands: torch runs small convolutions on a slower path than large ones."""
     counter = count()
-    monkeypatch.setattr(latency, "milliseconds", lambda layer, given: float(100 - next(counter)))
+
+    def ever_less(forms: dict[nn.Module, nn.Module], *_: object) -> dict[nn.Module, float]:
+        return {layer: 100 - next(counter) for layer in forms}
+
+    monkeypatch.setattr(latency, "relative_in_place", ever_less)
     model = make_model()
     _, timings = time_network(model, make_data()[0], to_time(model), run, TimingCache(None))
     for table in (timings["body"].tables["tucker2"], timings["head"].tables["svd"]):
@@ -191,14 +213,17 @@ def test_times_may_fall_with_rank(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_what_is_left_is_the_network_without_the_layers(monkeypatch) -> None:
-    """What the layers take within the network counts, not what they take alone."""
     monkeypatch.setattr(latency, "latencies", lambda calls, device, progress: [9.0, 7.0])
-    monkeypatch.setattr(latency, "milliseconds", lambda layer, given: 2.0)
     model = make_model()
-    for inside, rest in ((4.0, 3), (10.0, 0)):
-        monkeypatch.setattr(latency, "milliseconds_inside", lambda *_, t=inside: t)
-        network, _ = time_network(model, make_data()[0], to_time(model), run, TimingCache(None))
-        assert (network.dense_ms, network.rest_ms) == (7, rest)
+    for share, rest in ((0.2, 4.2), (0.5, 0)):
+        monkeypatch.setattr(
+            latency, "shares_inside", lambda layers, *_, each=share: dict.fromkeys(layers, each)
+        )
+        network, timings = time_network(
+            model, make_data()[0], to_time(model), run, TimingCache(None)
+        )
+        assert (network.dense_ms, network.rest_ms) == (7, pytest.approx(rest))
+        assert [timing.dense_ms for timing in timings.values()] == pytest.approx([7 * share] * 2)
 
 
 @pytest.mark.usefixtures("quick")
@@ -214,19 +239,68 @@ def test_a_network_that_is_much_faster_contiguous_stays_so(monkeypatch, whole, e
 
 
 @pytest.mark.usefixtures("quick")
-def test_times_are_in_proportion_to_those_within_the_network(monkeypatch) -> None:
-    """Dense layers to what the network spends in them, forms to what they take in their places."""
-    monkeypatch.setattr(latency, "milliseconds", lambda layer, given: 2.0)
-    monkeypatch.setattr(latency, "milliseconds_inside", lambda *_: 12.0)
+def test_forms_take_multiples_of_what_their_layers_take_in_the_network(monkeypatch) -> None:
+    monkeypatch.setattr(latency, "latencies", lambda calls, device, progress: [12.0, 12.0])
+    monkeypatch.setattr(latency, "shares_inside", lambda layers, *_: dict.fromkeys(layers, 0.25))
     monkeypatch.setattr(
-        latency, "milliseconds_in_place", lambda forms, *_: 10.0 if len(forms) == 2 else 0.0
+        latency, "relative_in_place", lambda forms, *_: dict.fromkeys(forms, 1 / len(forms))
     )
     model = make_model()
-    _, timings = time_network(model, make_data()[0], to_time(model), run, TimingCache(None))
-    assert {timing.dense_ms for timing in timings.values()} == {6}  # two layers, 2 ms each alone
-    for timing in timings.values():
-        assert (timing.tables["svd"] == 5).all()  # of both layers
-    assert (timings["body"].tables["tucker2"] == 2).all()  # which was never run
+    layers = to_time(model)
+    _, timings = time_network(model, make_data()[0], layers, run, TimingCache(None))
+    assert {timing.dense_ms for timing in timings.values()} == {3}
+    head = timings["head"].tables["svd"]  # with one of the body's forms in each run
+    assert (head == 1.5).all()
+    body = np.concatenate([table.flatten() for table in timings["body"].tables.values()])
+    assert sorted(body) == [1.5] * len(head) + [3] * (len(body) - len(head))
+
+
+@pytest.mark.usefixtures("quick")
+def test_layers_that_are_alike_are_timed_once_and_take_the_same(monkeypatch) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 32))
+    method = LowRank()
+    layers = [
+        LayerToTime(
+            str(place),
+            layer,
+            ((8, 64),),
+            {"svd": method},
+            {"svd": list(method.fit(layer, WEIGHT_METRIC).ranks())},
+        )
+        for place, layer in enumerate(model)
+    ]
+    shares = dict(zip(model, (0.1, 0.3, 0.5), strict=True))
+    monkeypatch.setattr(latency, "latencies", lambda calls, device, progress: [10.0])
+    monkeypatch.setattr(latency, "shares_inside", lambda *_: shares)
+    timed = []
+
+    def note(forms: dict[nn.Module, nn.Module], *_: object) -> dict[nn.Module, float]:
+        timed.append(set(forms))
+        return dict.fromkeys(forms, 0.5)
+
+    monkeypatch.setattr(latency, "relative_in_place", note)
+    _, timings = time_network(model, torch.zeros(8, 64), layers, run, TimingCache(None))
+    assert [timing.dense_ms for timing in timings.values()] == pytest.approx([2, 2, 5])
+    assert timed[0] == {model[0], model[2]}
+    assert not any(model[1] in forms for forms in timed)
+    np.testing.assert_allclose(timings["1"].tables["svd"], 1.0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_layers_that_the_network_does_not_run_are_timed_by_themselves() -> None:
+    class ReadsWeights(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(given, self.layer.weight, self.layer.bias)
+
+    model, method = ReadsWeights(), LowRank()
+    ranks = {"svd": list(method.fit(model.layer, WEIGHT_METRIC).ranks())}
+    layers = [LayerToTime("layer", model.layer, ((8, 32),), {"svd": method}, ranks)]
+    _, timings = time_network(model, torch.zeros(8, 32), layers, run, TimingCache(None))
+    assert timings["layer"].dense_ms > 0 and (timings["layer"].tables["svd"] > 0).all()
 
 
 @pytest.mark.usefixtures("quick")
@@ -247,6 +321,26 @@ def test_layers_are_timed_in_the_format_of_the_network(monkeypatch) -> None:
         return 1.0
 
     monkeypatch.setattr(latency, "milliseconds", look)
+    monkeypatch.setattr(latency, "shares_inside", nothing)
+    model = make_model()
+    time_network(model, make_data()[0], to_time(model), run, TimingCache(None))
+    assert len(seen) > 20 and all(seen)
+
+
+@pytest.mark.usefixtures("quick")
+def test_forms_in_place_are_in_the_format_of_the_network(monkeypatch) -> None:
+    seen = []
+
+    def look(forms: dict[nn.Module, nn.Module], *_: object) -> dict[nn.Module, float]:
+        for form in forms.values():
+            assert not any(module.training for module in form.modules())
+            weights = [weight for weight in form.parameters() if weight.dim() == 4]
+            last = torch.channels_last
+            seen.extend(weight.is_contiguous(memory_format=last) for weight in weights)
+        return dict.fromkeys(forms, 1.0)
+
+    monkeypatch.setattr(latency, "_MUCH_FASTER", 0.0)  # whatever the clock says of the formats
+    monkeypatch.setattr(latency, "relative_in_place", look)
     model = make_model()
     time_network(model, make_data()[0], to_time(model), run, TimingCache(None))
     assert len(seen) > 20 and all(seen)
@@ -262,6 +356,7 @@ def test_linear_layers_of_maps_are_timed_on_rows_that_lie_together(monkeypatch) 
         return 1.0
 
     monkeypatch.setattr(latency, "milliseconds", look)
+    monkeypatch.setattr(latency, "shares_inside", nothing)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(5, 6))
     layers = [LayerToTime("1", model[1], ((2, 4, 7, 5),), {}, {})]
     time_network(model, torch.zeros(2, 3, 7, 5), layers, run, TimingCache(None))

@@ -1,18 +1,17 @@
 """How long layers take: measured on the device that they will run on, and remembered on disk.
 
 Multiply-accumulates are not time. Each layer, and what could replace it at a coarse grid of ranks,
-is timed alone on inputs of its own shapes, in the memory format and with the threads it will run
-with; between the ranks of the grid times are interpolated.
+is timed on inputs of its own shapes, in the memory format and with the threads it will run with, in
+its network where that can be; between the ranks of the grid times are interpolated.
 """
 
-import copy
-import math
 import platform
-import statistics
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,10 @@ import scipy
 import torch
 from torch import nn
 
-from rankfold.analysis.in_context import milliseconds_in_place, milliseconds_inside
+from rankfold.analysis.alone import filled, milliseconds
+from rankfold.analysis.in_context import relative_in_place, shares_inside
 from rankfold.analysis.timing_cache import TimingCache
 from rankfold.batches import Forward, device_of, run, running
-from rankfold.clock import mark, seconds_between
 from rankfold.cost import example_input
 from rankfold.layers import TiedLayers
 from rankfold.measure import latencies, with_memory_format
@@ -34,8 +33,7 @@ from rankfold.runtime import Runtime, caller, prepare, version_of
 
 _GRID = {1: 6, 2: 4}  # ranks timed per entry, by the number of entries; 3 for more
 _SLOW_GRID = {1: 4, 2: 3}  # where each has to be compiled or exported first
-_RUNS = (5, 60)
-_SECONDS = 0.04
+_BLOCK = 32  # of a rank: what processors take at once
 _TIMES_IN_GRAPH = 10
 _MUCH_FASTER = 0.85  # of the time in channels-last format: the network stays contiguous
 
@@ -49,9 +47,15 @@ class LayerTiming:
     tables: Mapping[str, np.ndarray]
 
     def of(self, method: str, ranks: Sequence[Rank]) -> np.ndarray:
-        """Milliseconds of each rank, interpolated; beyond the grid those of its edge."""
+        """Milliseconds of each rank, interpolated; beyond the grid those of its edge.
+
+        Of a rank above 32 that is no multiple of it, those of the next multiple: products are made
+        in blocks, and what fills its last block in part takes as long.
+        """
         grid, table = self.grids[method], self.tables[method]
-        points = np.clip(np.array(ranks, dtype=float), [e[0] for e in grid], [e[-1] for e in grid])
+        points = np.array(ranks, dtype=float)
+        points = np.where(points > _BLOCK, _BLOCK * np.ceil(points / _BLOCK), points)
+        points = np.clip(points, [entry[0] for entry in grid], [entry[-1] for entry in grid])
         # An axis of one rank alone has nothing to interpolate.
         kept = [axis for axis, entry in enumerate(grid) if len(entry) > 1]
         if not kept:
@@ -97,8 +101,9 @@ def time_network(
 
     In channels-last format if the network has 2-D convolutions, because thin ones gain most in it,
     unless the runtime leaves no choice or the network is much slower so. The network itself is
-    timed anew, layers are looked up in the cache first. In eager mode the times of the layers are
-    then set right by what they and each method's forms take within the network.
+    timed anew, layers are looked up in the cache first. In eager mode layers are timed where they
+    are in the network, and what could replace them beside them; by themselves in other runtimes,
+    and where the network does not run them as modules.
     """
     device = device_of(model)
     formats = ["contiguous"]
@@ -109,11 +114,13 @@ def time_network(
         calls = [caller(network, batch, forward, runtime) for network in networks]
         whole = latencies(calls, device, progress)
         chosen = 0 if whole[0] < _MUCH_FASTER * whole[-1] else len(whole) - 1
-    stopwatch = _Stopwatch(device, formats[chosen], runtime, cache)
-    timings = {layer.name: stopwatch.layer(layer) for layer in progress(layers, "timing layers")}
+    stopwatch = _Stopwatch(device, formats[chosen], runtime, cache, progress)
+    timings: dict[str, LayerTiming] = {}
     if runtime == "eager":
         with running(networks[chosen]), torch.no_grad():
-            timings = stopwatch.within(networks[chosen], calls[chosen], layers, timings)
+            timings = stopwatch.inside(networks[chosen], calls[chosen], whole[chosen], layers)
+    others = [layer for layer in layers if layer.name not in timings]
+    timings |= {layer.name: stopwatch.alone(layer) for layer in progress(others, "timing layers")}
     inside = sum(timing.dense_ms for timing in timings.values())
     rest = max(0.0, whole[chosen] - inside)
     threads = torch.get_num_threads()
@@ -121,11 +128,6 @@ def time_network(
         min(whole), rest, formats[chosen], device_name(device), threads, runtime
     )
     return network_timing, timings
-
-
-def _ratio(inside: float, alone: float) -> float:
-    """1 where nothing was measured: a network may read layers past their forward."""
-    return inside / alone if inside > 0 and alone > 0 else 1.0
 
 
 def device_name(device: torch.device) -> str:
@@ -141,70 +143,128 @@ def device_name(device: torch.device) -> str:
 
 
 @dataclass(frozen=True)
+class _Forms:
+    """What could replace a layer: of each method all forms of a coarse grid of ranks, in order."""
+
+    grids: Mapping[str, tuple[tuple[int, ...], ...]]
+    of_methods: Mapping[str, Sequence[nn.Module]]
+
+    @staticmethod
+    def of(layer: LayerToTime, most: Mapping[int, int]) -> "_Forms":
+        grids = {key: coarse_grid(ranks, most) for key, ranks in layer.ranks.items() if ranks}
+        forms = {
+            key: [
+                planned_form(layer.methods[key], layer.module, rank, layer.reader)
+                for rank in product(*grid)
+            ]
+            for key, grid in grids.items()
+        }
+        return _Forms(grids, forms)
+
+    def timed(self, dense_ms: float, milliseconds: Callable[[nn.Module], float]) -> LayerTiming:
+        # Not made to grow with rank: torch runs small convolutions on a slower path than large
+        # ones, so that less may well take longer.
+        tables = {
+            key: np.reshape(
+                [milliseconds(form) for form in self.of_methods[key]],
+                [len(entry) for entry in grid],
+            )
+            for key, grid in self.grids.items()
+        }
+        return LayerTiming(dense_ms, self.grids, tables)
+
+
+@dataclass(frozen=True)
 class _Stopwatch:
     device: torch.device
     memory_format: str
     runtime: Runtime
     cache: TimingCache
+    progress: Progress
 
-    def layer(self, layer: LayerToTime) -> LayerTiming:
+    def alone(self, layer: LayerToTime) -> LayerTiming:
+        """By itself, on inputs of its shapes."""
         dtype = next(layer.module.parameters()).dtype
-        dense = self._milliseconds(layer.module, layer.input_shapes, dtype)
-        grids, tables = {}, {}
-        for key, method in layer.methods.items():
-            if not layer.ranks[key]:
-                continue
-            most = _GRID if self.runtime == "eager" else _SLOW_GRID
-            grid = coarse_grid(layer.ranks[key], most)
-            table = np.array(
-                [
-                    self._milliseconds(
-                        planned_form(method, layer.module, rank, layer.reader),
-                        layer.input_shapes,
-                        dtype,
-                    )
-                    for rank in product(*grid)
-                ]
-            ).reshape([len(entry) for entry in grid])
-            # Not made to grow with rank: torch runs small convolutions on a slower path than large
-            # ones, so that less may well take longer.
-            grids[key], tables[key] = grid, table
-        return LayerTiming(dense, grids, tables)
 
-    def within(
+        def milliseconds(module: nn.Module) -> float:
+            shapes = Counter(layer.input_shapes).items()
+            return sum(calls * self._one(module, shape, dtype) for shape, calls in shapes)
+
+        forms = _Forms.of(layer, _GRID if self.runtime == "eager" else _SLOW_GRID)
+        return forms.timed(milliseconds(layer.module), milliseconds)
+
+    def inside(
         self,
         network: nn.Module,
         call: Callable[[], Any],
+        whole_ms: float,
         layers: Sequence[LayerToTime],
-        timings: Mapping[str, LayerTiming],
     ) -> dict[str, LayerTiming]:
-        """The times of layers alone in proportion to those within the network, form by form."""
+        """In the network, of the layers that it runs; layers that are alike, once for all."""
         # Those that share a weight are in several places.
         layers = [layer for layer in layers if not isinstance(layer.module, TiedLayers)]
         places = {layer.name: network.get_submodule(layer.name) for layer in layers}
-        inside = milliseconds_inside(list(places.values()), call, self.device)
-        alone = sum(timings[name].dense_ms for name in places)
-        of_dense = _ratio(inside, alone)
-        of_methods: dict[str, float] = {}
-        for key in dict.fromkeys(key for timing in timings.values() for key in timing.tables):
-            forms, alone = {}, 0.0
-            for layer in layers:
-                timing = timings[layer.name]
-                if key in timing.tables:
-                    rank = tuple(entry[len(entry) // 2] for entry in timing.grids[key])
-                    form = planned_form(layer.methods[key], layer.module, rank, layer.reader)
-                    forms[places[layer.name]] = self._ready(form)
-                    alone += timing.of(key, [rank]).item()
-            inside = milliseconds_in_place(forms, call, self.device)
-            of_methods[key] = _ratio(inside, alone)
-        return {
-            name: replace(
-                timing,
-                dense_ms=of_dense * timing.dense_ms,
-                tables={key: of_methods[key] * table for key, table in timing.tables.items()},
+        shares = shares_inside(list(places.values()), call, self.device)
+        kinds: dict[object, list[LayerToTime]] = defaultdict(list)
+        for layer in layers:
+            if places[layer.name] in shares:
+                kinds[repr(layer.module), layer.input_shapes].append(layer)
+        forms = {layer.name: _Forms.of(layer, _GRID) for alike in kinds.values() for layer in alike}
+        multiples = self._in_place(
+            {
+                places[alike[0].name]: {
+                    self._key(form, alike[0]): form
+                    for layer in alike
+                    for of_method in forms[layer.name].of_methods.values()
+                    for form in of_method
+                }
+                for alike in kinds.values()
+            },
+            call,
+        )
+
+        def timing(layer: LayerToTime, dense_ms: float) -> LayerTiming:
+            return forms[layer.name].timed(
+                dense_ms, lambda form: dense_ms * multiples[self._key(form, layer)]
             )
-            for name, timing in timings.items()
+
+        return {
+            layer.name: timing(layer, whole_ms * fmean(shares[places[one.name]] for one in alike))
+            for alike in kinds.values()
+            for layer in alike
         }
+
+    def _in_place(
+        self, forms: Mapping[nn.Module, Mapping[str, nn.Module]], call: Callable[[], Any]
+    ) -> dict[str, float]:
+        """What forms take beside layers of the network, as multiples of them; by their keys."""
+        found: dict[str, float] = {}
+        missing: dict[nn.Module, list[str]] = {}
+        for layer, keys in forms.items():
+            known = {key: self.cache.get(key) for key in keys}
+            found |= {key: multiple for key, multiple in known.items() if multiple is not None}
+            missing[layer] = [key for key, multiple in known.items() if multiple is None]
+        # One form of each layer in a run: a second would find its input in the nearest cache.
+        rounds = max(map(len, missing.values()), default=0)
+        for place in self.progress(range(rounds), "timing layers"):
+            now = {layer: keys[place] for layer, keys in missing.items() if place < len(keys)}
+            ready = {layer: self._ready(forms[layer][key]) for layer, key in now.items()}
+            for layer, multiple in relative_in_place(ready, call, self.device).items():
+                self.cache.put(now[layer], multiple)
+                found[now[layer]] = multiple
+        return found
+
+    def _key(self, form: nn.Module, layer: LayerToTime) -> str:
+        dtype = next(layer.module.parameters()).dtype
+        shapes = dict(Counter(layer.input_shapes))
+        return f"{self._setting(dtype)}, {shapes}: {form!r} in place of {layer.module!r}"
+
+    def _setting(self, dtype: torch.dtype) -> str:
+        """All that a time depends on but the layer and its inputs."""
+        return (
+            f"{device_name(self.device)}, {torch.get_num_threads()} threads, "
+            f"{version_of(self.runtime)}, {dtype}, {self.memory_format}"
+        )
 
     def _ready(self, layer: nn.Module) -> nn.Module:
         """A copy with random weights, in the memory format that it will have."""
@@ -212,16 +272,9 @@ class _Stopwatch:
         convolves = any(isinstance(module, nn.Conv2d) for module in ready.modules())
         return with_memory_format(ready, self.memory_format) if convolves else ready
 
-    def _milliseconds(
-        self, layer: nn.Module, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
-    ) -> float:
-        return sum(shapes.count(shape) * self._one(layer, shape, dtype) for shape in set(shapes))
-
     def _one(self, layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> float:
-        key = (
-            f"{device_name(self.device)}, {torch.get_num_threads()} threads, "
-            f"{version_of(self.runtime)}, {dtype}, {self.memory_format}, {shape}: {layer!r}"
-        )
+        """Milliseconds of one call."""
+        key = f"{self._setting(dtype)}, {shape}: {layer!r}"
         known = self.cache.get(key)
         if known is None:
             known = self._measure(layer, shape, dtype)
@@ -257,42 +310,16 @@ class _Again(nn.Module):
 def coarse_grid(
     ranks: Sequence[Rank], most: Mapping[int, int] = _GRID
 ) -> tuple[tuple[int, ...], ...]:
-    """For each entry of a rank a few of its values, the least and greatest among them."""
+    """For each entry of a rank a few of its values, the least and greatest among them.
+
+    Those in between are at most 32 or multiples of it, if there are such: from one to the next
+    times rise evenly.
+    """
     grid = []
     for entry in zip(*ranks, strict=True):
         values = sorted(set(entry))
-        wanted = np.geomspace(values[0], values[-1], most.get(len(ranks[0]), 3))
-        nearest = {values[int(np.abs(np.array(values) - one).argmin())] for one in wanted}
-        grid.append(tuple(sorted(nearest)))
+        inner = [value for value in values if value <= _BLOCK or value % _BLOCK == 0] or values
+        wanted = np.geomspace(values[0], values[-1], most.get(len(ranks[0]), 3))[1:-1]
+        nearest = {inner[int(np.abs(np.array(inner) - one).argmin())] for one in wanted}
+        grid.append(tuple(sorted(nearest | {values[0], values[-1]})))
     return tuple(grid)
-
-
-def filled(layer: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a layer of any device with random weights and zero buffers, in eval mode."""
-    filled = copy.deepcopy(layer).to("meta").to_empty(device=device).eval()
-    with torch.no_grad():
-        for parameter in filled.parameters():
-            parameter.copy_(torch.rand(parameter.shape, device=device) - 0.5)
-        for buffer in filled.buffers():
-            buffer.zero_()  # indices, for one: those of channels must be of some that there are
-    return filled
-
-
-def milliseconds(layer: nn.Module, given: torch.Tensor) -> float:
-    """The lower quartile of enough runs to fill a little time, after two that are not counted.
-
-    What else the machine does only adds to it.
-    """
-    device = given.device
-
-    def intervals(runs: int) -> list[float]:
-        """Seconds of each call, one given right after the other."""
-        marks = [mark(device)]
-        for _ in range(runs):
-            layer(given)
-            marks.append(mark(device))
-        return [seconds_between(first, last) for first, last in pairwise(marks)]
-
-    first = max(intervals(2)[-1], 1e-7)
-    runs = min(max(math.ceil(_SECONDS / first), _RUNS[0]), _RUNS[1])
-    return 1e3 * statistics.quantiles(intervals(runs), n=4)[0]

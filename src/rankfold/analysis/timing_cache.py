@@ -12,9 +12,9 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-_VERSION = 1  # of the table and of how times are taken: others are thrown away
-_TABLE = "CREATE TABLE IF NOT EXISTS timings (key TEXT PRIMARY KEY, milliseconds REAL NOT NULL)"
-_GET = "SELECT milliseconds FROM timings WHERE key = ?"
+_VERSION = 2  # of the table and of how times are taken: others are thrown away
+_TABLE = "CREATE TABLE IF NOT EXISTS timings (key TEXT PRIMARY KEY, time REAL NOT NULL)"
+_GET = "SELECT time FROM timings WHERE key = ?"
 _PUT = "INSERT OR REPLACE INTO timings VALUES (?, ?)"
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _WAIT = 10.0  # seconds for another process to finish writing
@@ -26,7 +26,10 @@ def default_path() -> Path:
 
 @dataclass(frozen=True)
 class TimingCache:
-    """Milliseconds by key. Without a path, or where none can be written, in memory alone."""
+    """Times, or ratios of times, by key.
+
+    Without a path, or where none can be written, in memory alone.
+    """
 
     path: Path | None = field(default_factory=default_path)
     _known: dict[str, float] = field(default_factory=dict)
@@ -38,9 +41,9 @@ class TimingCache:
                 self._known[key] = row[0]
         return self._known.get(key)
 
-    def put(self, key: str, milliseconds: float) -> None:
-        self._known[key] = milliseconds
-        self._run(_PUT, (key, milliseconds))
+    def put(self, key: str, time: float) -> None:
+        self._known[key] = time
+        self._run(_PUT, (key, time))
 
     def _run(self, statement: str, values: tuple[object, ...]) -> tuple[object, ...] | None:
         """The first row of one statement; None also if the database cannot be used."""
