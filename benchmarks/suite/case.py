@@ -1,7 +1,7 @@
 """A network to compress: its data, how it is judged, and how it is recovered."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -27,3 +27,4 @@ class Case:
     validation: list[Any] | None = None  # of recovery, beside `training`; no labels either
     agreement: Metric | None = None  # on it: which epoch is kept, where the distance says little
     fixed: tuple[str, ...] = ()  # layers whose outputs the network's own code counts
+    heads: Mapping[str, int] = field(default_factory=dict)  # of attention, by its linear layers

@@ -21,4 +21,10 @@ def make() -> Case:
         epochs=1,
         learning_rate=3e-4,
         point=1.0,
+        fixed=("tokens",),
+        heads={
+            f"blocks.{block}.attention.{name}": network.HEADS
+            for block in range(network.BLOCKS)
+            for name in ("query", "key", "value")
+        },
     )

@@ -20,4 +20,10 @@ def make() -> Case:
         Cosine(),
         epochs=1,
         learning_rate=2e-4,
+        fixed=("network.embeddings.word_embeddings",),
+        heads={
+            f"network.encoder.layer.{layer}.attention.self.{name}": 12
+            for layer in range(6)
+            for name in ("query", "key", "value")
+        },
     )

@@ -25,10 +25,15 @@ def compress(case, share):
         global_pruning=True,
         max_pruning_ratio=0.9,
         ignored_layers=[last, *map(model.get_submodule, case.fixed)],
+        num_heads={model.get_submodule(name): count for name, count in case.heads.items()},
         iterative_steps=200,
     )
     dense, _ = torch_pruning.utils.count_ops_and_params(model, batch)
     while torch_pruning.utils.count_ops_and_params(model, batch)[0] > share * dense:
         with torch.enable_grad():
             pruner.step()
+        for attention in model.modules():  # of transformers, which keep the sizes beside
+            if hasattr(attention, "attention_head_size"):
+                heads = attention.num_attention_heads
+                attention.attention_head_size = attention.query.out_features // heads
     return model
