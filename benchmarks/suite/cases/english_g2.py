@@ -11,7 +11,7 @@ from suite.case import Case
 sys.path.append(str(Path(__file__).parents[3] / "examples"))
 
 SHARES = (0.5, 0.35)
-TIMES = (0.75, 0.6, 0.5)
+TIMES = (0.85, 0.75, 0.6)
 
 
 def make() -> Case:
