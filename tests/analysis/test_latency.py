@@ -287,6 +287,15 @@ def test_layers_that_are_alike_are_timed_once_and_take_the_same(monkeypatch) -> 
 
 
 @pytest.mark.usefixtures("quick")
+def test_forms_of_a_layer_that_a_network_leaves_out_at_times_gain_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(latency, "relative_in_place", nothing)
+    model = make_model()
+    _, timings = time_network(model, make_data()[0], to_time(model), run, TimingCache(None))
+    for timing in timings.values():
+        assert all((table == timing.dense_ms).all() for table in timing.tables.values())
+
+
+@pytest.mark.usefixtures("quick")
 def test_layers_that_the_network_does_not_run_are_timed_by_themselves() -> None:
     class ReadsWeights(nn.Module):
         def __init__(self) -> None:

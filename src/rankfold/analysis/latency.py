@@ -224,8 +224,9 @@ class _Stopwatch:
         )
 
         def timing(layer: LayerToTime, dense_ms: float) -> LayerTiming:
+            # A network that draws which layers it runs may have left one out: no gain is known.
             return forms[layer.name].timed(
-                dense_ms, lambda form: dense_ms * multiples[self._key(form, layer)]
+                dense_ms, lambda form: dense_ms * multiples.get(self._key(form, layer), 1.0)
             )
 
         return {
