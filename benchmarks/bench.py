@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 from suite import cases, contenders
-from suite.results import read, table, write_document, write_readme
+from suite.results import of_latest_processor, read, table, write_document, write_readme
 from suite.trial import Trial, tried
 
 HERE = Path(__file__).parent
@@ -48,8 +48,7 @@ def main(
             append(row, rows)
         return
     if only_write:
-        write_document(read(RESULTS), DOCUMENT)
-        write_readme(read(RESULTS), README)
+        write()
         return
     if quick:
         found = [row for one in QUICK for row in in_process_of_its_own(one, threads, minutes)]
@@ -71,8 +70,14 @@ def main(
             for row in in_process_of_its_own(one, threads, minutes):
                 print(json.dumps(row), flush=True)
                 append(about | row, RESULTS)
-    write_document(read(RESULTS), DOCUMENT)
-    write_readme(read(RESULTS), README)
+    write()
+
+
+def write() -> None:
+    """Both documents."""
+    rows = of_latest_processor(read(RESULTS))
+    write_document(rows, DOCUMENT)
+    write_readme(rows, README)
 
 
 def every_trial(

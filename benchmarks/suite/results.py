@@ -25,6 +25,19 @@ def read(path: Path) -> list[Row]:
     return list(latest.values())
 
 
+def of_latest_processor(rows: Sequence[Row]) -> list[Row]:
+    """Of each case what was measured where its latest row was: shares of other times say little."""
+    latest = {
+        row["case"]: row["machine"]["processor"]
+        for row in sorted((row for row in rows if "machine" in row), key=lambda row: row["date"])
+    }
+    return [
+        row
+        for row in rows
+        if "machine" not in row or row["machine"]["processor"] == latest[row["case"]]
+    ]
+
+
 def write_document(rows: Sequence[Row], document: Path) -> None:
     """Each network's tables and picture, and why what is missing is."""
     parts = []

@@ -5,7 +5,7 @@ import crepe
 from rankfold.distances import SquaredError
 from suite.case import Case
 
-SHARES = (0.5, 0.25)
+SHARES = (0.5, 0.25, 0.12)
 
 
 def make() -> Case:

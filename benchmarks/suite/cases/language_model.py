@@ -5,7 +5,7 @@ import language_model_network as network
 from rankfold.distances import Divergence
 from suite.case import Case
 
-SHARES = (0.8, 0.6)
+SHARES = (0.8, 0.6, 0.4)
 
 
 def make() -> Case:

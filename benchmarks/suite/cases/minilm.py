@@ -6,7 +6,7 @@ import sentence_embeddings
 from rankfold.distances import Cosine
 from suite.case import Case
 
-SHARES = (0.7, 0.5)
+SHARES = (0.7, 0.5, 0.35)
 
 
 def make() -> Case:

@@ -19,9 +19,15 @@ def why_not(model):
     return None
 
 
+def dilated(model):
+    """It dies of these."""
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return [m for m in convolutions if max(m.dilation) > 1]
+
+
 def compress(case, share):
-    def parameters(ranks):
-        mode = SpatialSvdParameters.AutoModeParams(ranks)
+    def parameters(ranks, model):
+        mode = SpatialSvdParameters.AutoModeParams(ranks, modules_to_ignore=dilated(model))
         return SpatialSvdParameters(SpatialSvdParameters.Mode.auto, mode)
 
     return aimet_greedy.compressed(case, share, CompressionScheme.spatial_svd, parameters)

@@ -31,6 +31,6 @@ def compressed(case, share, scheme, make_parameters):
         tuple(batches[0].shape),
         scheme,
         CostMetric.mac,
-        make_parameters(ranks),
+        make_parameters(ranks, model),
     )
     return small

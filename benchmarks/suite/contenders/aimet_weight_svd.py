@@ -21,7 +21,7 @@ def why_not(model):
 
 
 def compress(case, share):
-    def parameters(ranks):
+    def parameters(ranks, model):
         mode = WeightSvdParameters.AutoModeParams(RankSelectScheme.greedy, ranks)
         return WeightSvdParameters(WeightSvdParameters.Mode.auto, mode)
 
