@@ -8,6 +8,7 @@ from torch import nn
 
 import rankfold
 from rankfold import search
+from rankfold.analysis import Analysis
 from rankfold.analysis.latency import NetworkTiming
 from rankfold.batches import run
 from rankfold.errors import BudgetError
@@ -181,15 +182,34 @@ def methods_of(plan: rankfold.Plan) -> set[str | None]:
     return {entry.method for entry in plan.factorized}
 
 
-def test_contenders_give_each_method_the_layers_that_it_takes(analysis) -> None:
+def offered(analysis: Analysis) -> list[set[str]]:
+    return [{candidate.method for candidate in layer.candidates} for layer in analysis.layers]
+
+
+def test_contenders_give_each_method_the_layers_that_it_takes_or_none(analysis) -> None:
     found = contenders(analysis)
-    assert list(found) == ["all", "separable", "svd"]  # one layer alone takes tucker2
+    # One layer alone takes tucker2.
+    assert list(found) == ["all", "separable", "svd", "all but separable", "all but svd"]
     assert found["all"] is analysis
+    everything = offered(analysis)
     for name in ("separable", "svd"):
-        for before, after in zip(analysis.layers, found[name].layers, strict=True):
-            methods = {candidate.method for candidate in before.candidates}
-            taken = {name} if name in methods else methods
-            assert {candidate.method for candidate in after.candidates} == taken
+        assert offered(found[name]) == [
+            {name} if name in methods else methods for methods in everything
+        ]
+        assert offered(found[f"all but {name}"]) == [methods - {name} for methods in everything]
+
+
+def test_contenders_that_come_to_the_same_are_one(analysis) -> None:
+    fewer = analysis.without("tucker2")
+    assert not any("tucker2" in methods for methods in offered(fewer))
+    for before, after in zip(analysis.layers, analysis.without("svd").layers, strict=True):
+        lost_all = {candidate.method for candidate in before.candidates} == {"svd"}
+        left_out = "svd alone takes it, which is left out"
+        assert after.reason == (left_out if lost_all else before.reason)
+    found = contenders(fewer)
+    # svd takes what separable takes, so that svd wherever it can be is all but separable.
+    assert offered(fewer.preferring("svd")) == offered(fewer.without("separable"))
+    assert list(found) == ["all", "separable", "svd", "all but svd"]
 
 
 def test_of_contenders_the_one_with_the_best_metric_wins(analysis) -> None:
@@ -205,7 +225,7 @@ def test_of_contenders_the_one_with_the_best_metric_wins(analysis) -> None:
         return float("separable" in methods_of(rankfold.record_of(network).plan))
 
     plan, small = winner(contenders(analysis), planned, likes_separable, data)
-    assert len(tried) == 3 and "separable" in methods_of(plan)
+    assert len(tried) == 5 and "separable" in methods_of(plan)
     assert rankfold.record_of(small).plan == plan
     # Of equals the first, and what does nothing only if nothing else can be done.
     first, _ = winner(contenders(analysis), planned, lambda network, data: 1.0, data)
@@ -242,7 +262,7 @@ def test_compress_with_a_contest() -> None:
     small = rankfold.compress(model, data, macs=0.5, contest=True, **options)
     record = rankfold.record_of(small)
     assert record.plan.after.macs <= 0.5 * record.plan.before.macs
-    assert record.comparison is not None and record.comparison.after.metric == max(judged[1:4])
+    assert record.comparison is not None and record.comparison.after.metric == max(judged[1:6])
     rankfold.compress(model, data, params=0.5, contest=True, epochs=0, loss_metric="weight")
     for wrong in ({"max_drop": 0.1}, {"energy": 0.9}, {}):
         with pytest.raises(BudgetError, match="contest is between plans of one budget"):

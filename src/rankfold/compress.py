@@ -108,9 +108,9 @@ def compress(
     original. With nothing asked for, that is `UNASKED_DROP`.
 
     Predicted losses do not always say which method the metric likes best: with `contest`, plans are
-    also made in which one method takes every layer that it can take, and of all their networks the
-    one with the best metric on `validation` (by default `test`) before recovery is taken; without a
-    metric, the one that agrees most with the original.
+    also made in which one method takes every layer that it can take, and in which one is left out,
+    and of all their networks the one with the best metric on `validation` (by default `test`)
+    before recovery is taken; without a metric, the one that agrees most with the original.
 
     With `elastic`, a smaller budget of the same kind, the network is trained so that it can be cut
     down to any between (`slice_to`).

@@ -294,17 +294,22 @@ def _score_of(plan: Plan) -> str:
 
 
 def contenders(analysis: Analysis) -> dict[str, Analysis]:
-    """What plans can be made from: all methods, and by name one of them wherever it can be.
+    """What plans can be made from: all methods, one wherever it can be, and all but one, by name.
 
-    Of methods that take one layer alone there is none.
+    Only those of methods that take more than one layer; of what comes to the same, the first.
     """
-    counts = Counter(
-        method
-        for layer in analysis.layers
-        for method in {candidate.method for candidate in layer.candidates}
-    )
+    counts = Counter(method for offered in _offers(analysis) for method in offered)
     several = sorted(method for method, count in counts.items() if count > 1)
-    return {"all": analysis, **{method: analysis.preferring(method) for method in several}}
+    found = {"all": analysis}
+    found |= {method: analysis.preferring(method) for method in several}
+    found |= {f"all but {method}": analysis.without(method) for method in several}
+    first = {_offers(one): name for name, one in reversed(found.items())}
+    return {name: one for name, one in found.items() if first[_offers(one)] == name}
+
+
+def _offers(analysis: Analysis) -> tuple[frozenset[str], ...]:
+    """The methods that can be chosen for each layer."""
+    return tuple(frozenset(one.method for one in layer.candidates) for layer in analysis.layers)
 
 
 def winner(

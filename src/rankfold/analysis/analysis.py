@@ -203,6 +203,16 @@ class Analysis(Shown):
             layers.append(replace(layer, candidates=only) if only else layer)
         return replace(self, layers=tuple(layers))
 
+    def without(self, method: str) -> "Analysis":
+        """As if this method, by its name, had not been tried."""
+        layers = []
+        for layer in self.layers:
+            kept = tuple(one for one in layer.candidates if one.method != method)
+            has_lost_all = bool(layer.candidates) and not kept
+            reason = f"{method} alone takes it, which is left out" if has_lost_all else layer.reason
+            layers.append(replace(layer, candidates=kept, reason=reason))
+        return replace(self, layers=tuple(layers))
+
     def plans(
         self, cost: str = "macs", points: int = 20, overrides: Overrides = _NO_OVERRIDES
     ) -> list[tuple[float, Plan]]:

@@ -98,7 +98,7 @@ def compress(
     ] = None,
     contest: Annotated[
         bool,
-        typer.Option("--contest", help="Let the metric choose between plans of one method or all."),
+        typer.Option("--contest", help="Let the metric choose: all methods, one, or all but one."),
     ] = False,
     epochs: Epochs = 5,
     learning_rate: Annotated[
