@@ -15,6 +15,7 @@ from rankfold.analysis import alone, latency
 from rankfold.analysis.latency import (
     LayerTiming,
     LayerToTime,
+    NetworkTiming,
     coarse_grid,
     device_name,
     time_network,
@@ -176,6 +177,7 @@ def test_times_are_remembered_by_device_threads_shape_and_precision(monkeypatch)
 
     monkeypatch.setattr(latency, "milliseconds", note)
     monkeypatch.setattr(latency, "shares_inside", nothing)
+    monkeypatch.setattr(latency, "latencies", lambda calls, *_: [1000.0] * len(calls))
 
     def dense_ms(module: nn.Module, *shapes: tuple[int, ...]) -> float:
         dtype = next(module.parameters()).dtype
@@ -224,6 +226,31 @@ def test_what_is_left_is_the_network_without_the_layers(monkeypatch) -> None:
         )
         assert (network.dense_ms, network.rest_ms) == (7, pytest.approx(rest))
         assert [timing.dense_ms for timing in timings.values()] == pytest.approx([7 * share] * 2)
+
+
+@pytest.mark.usefixtures("quick")
+def test_layers_by_themselves_take_no_longer_than_the_network_that_they_are_in(monkeypatch) -> None:
+    """Handed its input alone, a layer may: together they made every network seem without gain."""
+    monkeypatch.setattr(latency, "latencies", lambda calls, *_: [6.0] * len(calls))
+    monkeypatch.setattr(latency, "shares_inside", nothing)
+    model = make_model()
+
+    def timed(each: float) -> tuple[NetworkTiming, list[LayerTiming]]:
+        def milliseconds(module: nn.Module, given: torch.Tensor) -> float:
+            return each if isinstance(module, nn.Conv2d | nn.Linear) else each / 2
+
+        monkeypatch.setattr(latency, "milliseconds", milliseconds)
+        network, timings = time_network(
+            model, make_data()[0], to_time(model), run, TimingCache(None)
+        )
+        return network, list(timings.values())
+
+    network, short = timed(2.0)
+    assert [one.dense_ms for one in short] == [2, 2] and network.rest_ms == 2
+    network, long = timed(12.0)
+    assert [one.dense_ms for one in long] == [3, 3] and network.rest_ms == 0
+    for one in long:
+        assert one.tables["svd"] == pytest.approx(1.5)
 
 
 @pytest.mark.usefixtures("quick")

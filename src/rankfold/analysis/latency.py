@@ -65,6 +65,22 @@ class LayerTiming:
         )
         return interpolate(points[:, kept])
 
+    def times(self, factor: float) -> "LayerTiming":
+        tables = {method: factor * table for method, table in self.tables.items()}
+        return LayerTiming(factor * self.dense_ms, self.grids, tables)
+
+
+def _within(left_ms: float, alone: Mapping[str, LayerTiming]) -> dict[str, LayerTiming]:
+    """Times of layers by themselves, all shortened alike to what their network has left for them.
+
+    By itself a layer is also handed its input and asked for its output, between which and the next
+    layer's a network has nothing to do: together they may take longer than the network that they
+    are in, and then nothing would seem to make it faster.
+    """
+    together = sum(timing.dense_ms for timing in alone.values())
+    share = left_ms / together if together > left_ms > 0 else 1.0
+    return {name: timing.times(share) for name, timing in alone.items()}
+
 
 @dataclass(frozen=True)
 class NetworkTiming:
@@ -120,7 +136,9 @@ def time_network(
         with running(networks[chosen]), torch.no_grad():
             timings = stopwatch.inside(networks[chosen], calls[chosen], whole[chosen], layers)
     others = [layer for layer in layers if layer.name not in timings]
-    timings |= {layer.name: stopwatch.alone(layer) for layer in progress(others, "timing layers")}
+    alone = {layer.name: stopwatch.alone(layer) for layer in progress(others, "timing layers")}
+    left = whole[chosen] - sum(timing.dense_ms for timing in timings.values())
+    timings |= _within(left, alone)
     inside = sum(timing.dense_ms for timing in timings.values())
     rest = max(0.0, whole[chosen] - inside)
     threads = torch.get_num_threads()
