@@ -75,6 +75,22 @@ def test_the_next_aim_is_between_what_was_too_slow_and_what_was_too_fast() -> No
     assert _next_aim(shares, 0.48, 0.5) == pytest.approx(0.465)
 
 
+def test_after_a_plan_much_too_fast_and_none_at_all_one_between_is_found(
+    analysis, monkeypatch
+) -> None:
+    """A first plan that came out much too fast has the next one aim for the dense network."""
+    clock(monkeypatch, float)
+    plans: list[rankfold.Plan] = []
+
+    def make_plan(aim: float) -> rankfold.Plan:
+        plans.append(analysis.plan(params=max(0.3, 2 * aim - 1)))
+        return plans[-1]
+
+    timed = plan_to_latency(make_model(), analysis, 0.65, make_data()[0], make_plan)
+    assert not plans[1].factorized
+    assert timed.share == pytest.approx(0.65, abs=0.05)
+
+
 def test_where_nothing_is_gained_every_layer_stays_dense(analysis, monkeypatch) -> None:
     clock(monkeypatch, lambda count: 1.0)
     model = make_model()

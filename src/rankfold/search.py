@@ -108,7 +108,9 @@ def plan_to_latency(
             best = tried
         shares[aim] = tried.share
         aim = _next_aim(shares, aim, target)
-        if abs(tried.share - target) <= _CLOSE or not plan.factorized or aim in shares:
+        # Dense layers everywhere, and nothing faster is known: it need not be tried again.
+        is_hopeless = not plan.factorized and min(shares.values()) > target
+        if abs(tried.share - target) <= _CLOSE or is_hopeless or aim in shares:
             break
     assert best is not None
     if best.share > target + _CLOSE and best.share < 1:
