@@ -66,6 +66,7 @@ class LayerTiming:
         return interpolate(points[:, kept])
 
     def times(self, factor: float) -> "LayerTiming":
+        """All of it longer or shorter by this factor."""
         tables = {method: factor * table for method, table in self.tables.items()}
         return LayerTiming(factor * self.dense_ms, self.grids, tables)
 
