@@ -1,6 +1,6 @@
 import pytest
 import torch
-from networks import make_data, make_model
+from networks import make_data, make_model, make_perceptron, make_vectors
 from torch import nn
 
 import rankfold
@@ -26,6 +26,34 @@ def test_plan_keeps_its_budget_and_tells_the_true_cost(analysis, budget) -> None
     assert plan.after.macs == count_macs(lambda: small(batch)) / len(batch)
     assert plan.after.parameters <= budget.get("params", 1) * plan.before.parameters
     assert plan.after.macs <= budget.get("macs", 1) * plan.before.macs
+
+
+class TwoHeads(nn.Module):
+    """Of outputs in units that have nothing to do with each other."""
+
+    def __init__(self, unit: float) -> None:
+        super().__init__()
+        self.trunk = make_perceptron()[:-1]
+        self.heads = nn.ModuleList(nn.Linear(48, 32) for _ in range(2))
+        self.unit = unit
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.trunk(x)
+        return self.heads[0](hidden), self.unit * self.heads[1](hidden)
+
+
+def test_the_unit_of_an_output_does_not_matter() -> None:
+    """Of a network with two: the one of small numbers would else be given up first."""
+    model = TwoHeads(1.0).eval()
+    other = TwoHeads(256.0).eval()
+    other.load_state_dict(model.state_dict())
+    one, scaled = (rankfold.analyze(m, make_vectors(), outputs="values") for m in (model, other))
+    for budget in (0.6, 0.75, 0.9):
+        first, second = one.plan(macs=budget), scaled.plan(macs=budget)
+        assert [(e.method, e.rank) for e in first.layers] == [
+            (e.method, e.rank) for e in second.layers
+        ]
+        assert first.loss == pytest.approx(second.loss, rel=1e-6)
 
 
 def test_more_budget_never_means_more_loss(analysis) -> None:

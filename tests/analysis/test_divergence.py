@@ -65,15 +65,18 @@ def test_of_logits_it_is_kullback_leiblers_per_sample(pack) -> None:
     assert found > 1e-4
 
 
-def test_of_values_it_is_half_the_squared_error_relative_to_all_outputs() -> None:
-    model = Outputs(lambda y: {"a": (y, [y.square()]), "ids": torch.arange(3)})
+def test_of_values_it_is_half_the_squared_error_relative_to_each_output() -> None:
+    """Whatever its unit: the second is of another size by far, the last is zero."""
+    model = Outputs(lambda y: {"a": (y, [1e4 * y.square()]), "ids": torch.arange(3), "b": 0 * y})
     other = changed(model.inner)
     found = Judge.of(model, run, BATCHES, "values").divergence({model.inner: other})
     with torch.no_grad():
         theirs, ours = (layer(torch.cat(BATCHES)) for layer in (model.inner, other))
-    theirs, ours = (torch.cat([y, y.square()]) for y in (theirs, ours))
-    expected = (ours - theirs).square().sum() / theirs.square().sum() / 2
-    assert found == pytest.approx(expected.item(), rel=1e-9)
+    shares = [
+        ((a - b).square().sum() / b.square().sum()).item()
+        for a, b in ((ours, theirs), (ours.square(), theirs.square()))
+    ]
+    assert found == pytest.approx(sum(shares) / 2 / 2, rel=1e-9)
 
 
 def test_of_logits_only_the_first_output_counts() -> None:

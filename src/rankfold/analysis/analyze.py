@@ -106,7 +106,8 @@ def analyze(
     "auto" the network is factorized at two budgets in each that competes, and the one whose outputs
     are nearest to the original's on the held-out batches is taken. The curvature of the outputs
     needs no labels: they are "logits" (labels drawn from the model's own softmax, at each of the
-    `temperatures`) or "values" (all outputs count the same); `outputs=None` goes by how they look.
+    `temperatures`) or "values" (each output tensor counts alike, and all of its places); where one
+    does not matter, a `forward` leaves it out. `outputs=None` goes by how they look.
     With `loss_fn(output, label)` the gradients are those of the data's labels. The losses of all
     candidates are then corrected by the divergence that is measured when layers are replaced one by
     one (`check`), unless plans become clearly worse by it. "weight" needs no such data and corrects

@@ -56,22 +56,28 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Identity:
-    """Of all outputs: half the squared error, relative to the mean squared norm of a sample's."""
+    """Of all outputs: half the squared error, relative to the mean squared norm of a sample's.
+
+    Of several tensors the mean: each counts alike, whatever its unit and size, but for those that
+    are zero.
+    """
 
     name: str = "identity"
 
     def backward(self, outputs: Any, batch: Any, generator: torch.Generator) -> None:
-        tensors = [tensor for tensor in tensors_of(outputs) if tensor.requires_grad]
-        if not tensors:
-            return
-        samples = batch_size(batch)
-        norm = sum(tensor.detach().double().square().sum().item() for tensor in tensors)
-        scale = (samples / norm) ** 0.5 if norm > 0 else 1.0
-        signs = [
-            scale * (2 * torch.randint(2, tensor.shape, generator=generator) - 1).to(tensor)
-            for tensor in tensors
-        ]
-        torch.autograd.backward(tensors, signs, retain_graph=True)
+        samples, tensors = batch_size(batch), list(tensors_of(outputs))
+        norms = [tensor.detach().double().square().sum().item() for tensor in tensors]
+        count = sum(norm > 0 for norm in norms)
+        followed, signs = [], []
+        for tensor, norm in zip(tensors, norms, strict=True):
+            if not tensor.requires_grad or (count and not norm > 0):
+                continue
+            scale = (samples / norm / count) ** 0.5 if count else 1.0
+            drawn = 2 * torch.randint(2, tensor.shape, generator=generator) - 1
+            followed.append(tensor)
+            signs.append(scale * drawn.to(tensor))
+        if followed:
+            torch.autograd.backward(followed, signs, retain_graph=True)
 
 
 @dataclass(frozen=True)

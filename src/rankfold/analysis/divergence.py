@@ -1,6 +1,7 @@
 """How far the outputs of a changed network are from the original's, on batches held out."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,22 +64,28 @@ class Judge:
         """Of another network with the same outputs from the model.
 
         For logits the Kullback-Leibler divergence in nats per sample; for values the squared error
-        relative to the squared norm, halved. Infinite where the outputs are not finite.
+        relative to the squared norm, halved: the mean over the tensors of an output that are not
+        zero. Infinite where the outputs are not finite.
         """
-        total = weight = 0.0
+        totals: dict[int, float] = defaultdict(float)
+        weights: dict[int, float] = defaultdict(float)  # by the tensor's place in the output
         with running(network), torch.no_grad():
             for index, (batch, target) in enumerate(zip(self.batches, self.targets, strict=True)):
                 output = run_or_explain(self.forward, network, batch, index)
                 if self.kind == "logits":
-                    total += _kl(first_tensor(target), first_tensor(output))
-                    weight += batch_size(batch)
-                else:
-                    for ours, theirs in zip(tensors_of(output), tensors_of(target), strict=True):
-                        total += (ours.double() - theirs.double()).square().sum().item() / 2
-                        weight += theirs.double().square().sum().item()
-        if weight == 0:
-            return 0.0 if total == 0 else math.inf
-        found = total / weight
+                    totals[0] += _kl(first_tensor(target), first_tensor(output))
+                    weights[0] += batch_size(batch)
+                    continue
+                pairs = zip(tensors_of(output), tensors_of(target), strict=True)
+                for place, (ours, theirs) in enumerate(pairs):
+                    totals[place] += (ours.double() - theirs.double()).square().sum().item() / 2
+                    weights[place] += theirs.double().square().sum().item()
+        if not math.isfinite(sum(totals.values())):
+            return math.inf
+        shares = [totals[place] / weight for place, weight in weights.items() if weight > 0]
+        if not shares:
+            return math.inf if any(totals.values()) else 0.0
+        found = sum(shares) / len(shares)
         return found if math.isfinite(found) else math.inf
 
 
