@@ -90,11 +90,29 @@ def test_fastest_memory_format_keeps_the_function() -> None:
 def test_output_error_of_nested_outputs() -> None:
     first = {"a": torch.tensor([3.0, 4.0]), "b": [torch.zeros(2), torch.tensor(7)]}
     second = {"a": torch.tensor([3.0, 4.0]), "b": [torch.tensor([0.0, 1.0]), torch.tensor(8)]}
-    assert output_error(first, second) == pytest.approx(0.2)
+    # What is zero is compared with all of it.
+    assert output_error(first, second) == pytest.approx(0.2 / 2**0.5)
     with pytest.raises(ModelError, match="different shapes"):
         output_error(torch.zeros(2), torch.zeros(3))
     with pytest.raises(ModelError, match="a list, holds no tensor"):
         output_error([3], [3])
+
+
+def test_the_unit_of_an_output_does_not_matter() -> None:
+    outputs, others = ([torch.randn(3, 4), torch.randn(5)] for _ in range(2))
+    found = output_error(outputs, others)
+    (a, b), (c, d) = outputs, others
+    assert output_error([a, 1e4 * b], [c, 1e4 * d]) == pytest.approx(found)
+    shares = [float((x - y).norm() / x.norm()) for x, y in zip(outputs, others, strict=True)]
+    assert found == pytest.approx((sum(share**2 for share in shares) / 2) ** 0.5)
+
+
+@pytest.mark.parametrize("zeros", [[torch.zeros(4)], [torch.zeros(3), torch.zeros(2)]])
+def test_of_nothing_but_zeros_it_is_the_norm(zeros) -> None:
+    assert output_error(zeros, zeros) == 0
+    assert output_error(zeros, [tensor + 3 for tensor in zeros]) == pytest.approx(
+        3 * sum(tensor.numel() for tensor in zeros) ** 0.5
+    )
 
 
 def test_a_metric_must_be_a_finite_number() -> None:

@@ -4,7 +4,7 @@ from torch import nn
 
 from rankfold.batches import run
 from rankfold.errors import ModelError
-from rankfold.outputs import check_same, outputs_of
+from rankfold.outputs import check_same, outputs_of, references
 
 
 def test_outputs_are_in_eval_mode_and_repeat() -> None:
@@ -23,6 +23,14 @@ def test_outputs_are_in_eval_mode_and_repeat() -> None:
     assert model.training and not first.requires_grad
     torch.manual_seed(0)
     torch.testing.assert_close(first, model.layers[0](batch) + torch.randn(4))
+
+
+def test_each_tensor_is_compared_with_itself_unless_it_is_nothing_beside_the_others() -> None:
+    assert references([4.0]) == [4.0]
+    assert references([4.0, 1e9, 1e-3]) == [4.0, 1e9, 1e-3]
+    assert references([4.0, 0.0, 1e-15]) == [4.0, 4.0 + 1e-15, 4.0 + 1e-15]
+    assert references([0.0, 0.0]) == [0.0, 0.0]
+    assert references([]) == []
 
 
 PLACES = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul

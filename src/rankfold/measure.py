@@ -6,6 +6,7 @@ import statistics
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import truediv
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from rankfold.copies import copy_of
 from rankfold.cost import count_macs, count_parameters
 from rankfold.errors import CalibrationError, ModelError, RankfoldError
 from rankfold.layers import StructuredLinear
+from rankfold.outputs import references
 from rankfold.progress import Progress, silent
 from rankfold.runtime import Runtime, caller
 from rankfold.tables import Shown
@@ -62,7 +64,7 @@ class Comparison(Shown):
     threads: int
     device: str
     memory_formats: tuple[str, str]
-    output_error: float  # norm of the outputs' difference over that of the original's outputs
+    output_error: float  # norm of the outputs' difference over that of the original's
     runtime: Runtime = "eager"  # that the latencies are of
     products: tuple[str, ...] = ()
     """Of layers of small tensors in the second: what their products take in either way."""
@@ -321,18 +323,20 @@ class _LiveBytes(TorchDispatchMode):
 def output_error(original: Any, model: Any) -> float:
     """Norm of the difference of two (nested) outputs over that of the first, in float64.
 
-    Raises ModelError if they do not have the same tensors, or none.
+    Of several tensors the root mean square (see `rankfold.outputs.references`); of nothing but
+    zeros the norm itself. Raises ModelError if they do not have the same tensors, or none.
     """
     first, second = list(tensors_of(original)), list(tensors_of(model))
     if not first:
         raise ModelError(f"the output, a {type(original).__name__}, holds no tensor to compare")
     if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
         raise ModelError("the two networks give outputs of different shapes")
-    difference = sum(
-        (a.double() - b.double()).square().sum() for a, b in zip(first, second, strict=True)
-    )
-    norm = sum(tensor.double().square().sum() for tensor in first)
-    return float((difference / norm).sqrt()) if norm else float(difference) ** 0.5
+    pairs = zip(first, second, strict=True)
+    lost = [(a.double() - b.double()).square().sum().item() for a, b in pairs]
+    norms = references([tensor.double().square().sum().item() for tensor in first])
+    if not any(norms):
+        return math.sqrt(sum(lost))
+    return math.sqrt(sum(map(truediv, lost, norms)) / len(norms))
 
 
 def _products(model: nn.Module) -> Iterator[str]:

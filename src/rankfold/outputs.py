@@ -1,6 +1,6 @@
 """What a network gives, and whether another that should give the same does."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch import nn
 
 from rankfold.batches import Forward, device_of, run_or_explain, running, tensors_of
 from rankfold.errors import ModelError
+
+_ROUNDING = 1e-14  # of a squared norm, in float32
 
 
 def outputs_of(model: nn.Module, batch: Any, forward: Forward) -> Any:
@@ -23,6 +25,16 @@ def outputs_of(model: nn.Module, batch: Any, forward: Forward) -> Any:
     ):
         torch.manual_seed(0)
         return run_or_explain(forward, model, batch, 0)
+
+
+def references(squared_norms: Sequence[float]) -> list[float]:
+    """What the squared error of each tensor of an output is relative to: its own squared norm.
+
+    So each counts alike, whatever its unit. One that is zero, or no more than rounding of the
+    others, is compared with all of them together; all are 0 where all tensors are zero.
+    """
+    whole = sum(squared_norms)
+    return [own if own > _ROUNDING * whole else whole for own in squared_norms]
 
 
 def check_same(before: Any, after: Any, exponent: float, otherwise: str) -> None:

@@ -98,13 +98,15 @@ def test_names_tell_curvatures_apart() -> None:
 
 def test_identity_counts_every_tensor_the_same_and_every_place_of_it() -> None:
     outputs = [tensor_of((5, 3)), 1000 * tensor_of((5, 2, 4), seed=1), torch.zeros(5)]
+    norms = [output.square().sum().item() for output in outputs]
     first, second, zeros = (output.requires_grad_() for output in outputs)
     signs = gradient_of(Identity(), {"a": first, "b": (second, zeros)}, leaf=first)
-    for leaf in (first, second):
-        expected = (5 / leaf.detach().square().sum().item() / 2) ** 0.5
-        torch.testing.assert_close(leaf.grad.abs(), torch.full_like(leaf, expected))
+    # What is zero is compared with all of it.
+    references = zip((first, second, zeros), (*norms[:2], sum(norms)), strict=True)
+    for leaf, norm in references:
+        expected = torch.full_like(leaf, (5 / norm / 3) ** 0.5)
+        torch.testing.assert_close(leaf.grad.abs(), expected)
     assert len(signs.sign().unique()) == 2
-    assert zeros.grad is None
 
 
 def test_outputs_of_nothing_but_zeros_have_a_curvature() -> None:

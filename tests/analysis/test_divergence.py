@@ -66,8 +66,8 @@ def test_of_logits_it_is_kullback_leiblers_per_sample(pack) -> None:
 
 
 def test_of_values_it_is_half_the_squared_error_relative_to_each_output() -> None:
-    """Whatever its unit: the second is of another size by far, the last is zero."""
-    model = Outputs(lambda y: {"a": (y, [1e4 * y.square()]), "ids": torch.arange(3), "b": 0 * y})
+    """Whatever its unit: the second is of another size by far."""
+    model = Outputs(lambda y: {"a": (y, [1e4 * y.square()]), "ids": torch.arange(3)})
     other = changed(model.inner)
     found = Judge.of(model, run, BATCHES, "values").divergence({model.inner: other})
     with torch.no_grad():
@@ -128,6 +128,17 @@ def test_a_change_of_values_that_are_zero_is_a_divergence() -> None:
     with torch.no_grad():
         other.bias.fill_(100)
     assert judge.divergence({model.inner: other}) > 0
+
+
+def test_an_output_of_zeros_is_compared_with_all_of_them() -> None:
+    model = Outputs(lambda y: (y[:, :2], torch.relu(y[:, 2:] - 100)))
+    other = copy.deepcopy(model.inner)
+    with torch.no_grad():
+        other.bias[2] += 103
+        theirs, ours = (layer(torch.cat(BATCHES)) for layer in (model.inner, other))
+    expected = (ours[:, 2] - 100).relu().square().sum() / theirs[:, :2].square().sum() / 2 / 2
+    found = Judge.of(model, run, BATCHES, "values").divergence({model.inner: other})
+    assert found == pytest.approx(expected.item(), rel=1e-9) and found > 0
 
 
 def test_values_that_were_zero_and_are_not_finite_are_infinitely_far() -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from rankfold.batches import batch_size, split_batch, tensors_of
+from rankfold.outputs import references
 
 Outputs = Literal["logits", "values"]
 
@@ -58,8 +59,7 @@ class Softmax:
 class Identity:
     """Of all outputs: half the squared error, relative to the mean squared norm of a sample's.
 
-    Of several tensors the mean: each counts alike, whatever its unit and size, but for those that
-    are zero.
+    The mean over the tensors of an output (see `rankfold.outputs.references`).
     """
 
     name: str = "identity"
@@ -67,15 +67,13 @@ class Identity:
     def backward(self, outputs: Any, batch: Any, generator: torch.Generator) -> None:
         samples, tensors = batch_size(batch), list(tensors_of(outputs))
         norms = [tensor.detach().double().square().sum().item() for tensor in tensors]
-        count = sum(norm > 0 for norm in norms)
         followed, signs = [], []
-        for tensor, norm in zip(tensors, norms, strict=True):
-            if not tensor.requires_grad or (count and not norm > 0):
-                continue
-            scale = (samples / norm / count) ** 0.5 if count else 1.0
-            drawn = 2 * torch.randint(2, tensor.shape, generator=generator) - 1
-            followed.append(tensor)
-            signs.append(scale * drawn.to(tensor))
+        for tensor, norm in zip(tensors, references(norms), strict=True):
+            if tensor.requires_grad:
+                scale = (samples / norm / len(tensors)) ** 0.5 if norm > 0 else 1.0
+                drawn = 2 * torch.randint(2, tensor.shape, generator=generator) - 1
+                followed.append(tensor)
+                signs.append(scale * drawn.to(tensor))
         if followed:
             torch.autograd.backward(followed, signs, retain_graph=True)
 

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import truediv
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from rankfold.analysis.curvature import Outputs, classes_last, first_tensor, kind_of
 from rankfold.batches import Forward, batch_size, run_or_explain, running, tensors_of
 from rankfold.errors import CalibrationError
+from rankfold.outputs import references
 from rankfold.replacement import swapped
 
 # So many, if there are, tell how far two networks are from each other.
@@ -64,8 +66,8 @@ class Judge:
         """Of another network with the same outputs from the model.
 
         For logits the Kullback-Leibler divergence in nats per sample; for values the squared error
-        relative to the squared norm, halved: the mean over the tensors of an output that are not
-        zero. Infinite where the outputs are not finite.
+        relative to the squared norm, halved: the mean over the tensors of an output (see
+        `rankfold.outputs.references`). Infinite where the outputs are not finite.
         """
         totals: dict[int, float] = defaultdict(float)
         weights: dict[int, float] = defaultdict(float)  # by the tensor's place in the output
@@ -80,12 +82,13 @@ class Judge:
                 for place, (ours, theirs) in enumerate(pairs):
                     totals[place] += (ours.double() - theirs.double()).square().sum().item() / 2
                     weights[place] += theirs.double().square().sum().item()
-        if not math.isfinite(sum(totals.values())):
+        lost = sum(totals.values())
+        if lost == 0:
+            return 0.0
+        if not math.isfinite(lost) or not any(weights.values()):
             return math.inf
-        shares = [totals[place] / weight for place, weight in weights.items() if weight > 0]
-        if not shares:
-            return math.inf if any(totals.values()) else 0.0
-        found = sum(shares) / len(shares)
+        norms = references(list(weights.values()))
+        found = sum(map(truediv, totals.values(), norms)) / len(norms)
         return found if math.isfinite(found) else math.inf
 
 
