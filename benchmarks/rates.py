@@ -1,10 +1,10 @@
 """Why fewer multiplications are not as much less time: how fast each kind of convolution runs.
 
 Dense networks and plans for 30 % of the MACs, batch norms folded in both, in eager mode: each
-convolution is timed in its place, networks in turns, medians of rounds. The realised speed-up then has two parts, of which each is told
-alone: the time outside of convolutions stays, and thin convolutions make fewer multiplications in
-a second. Candidate ranks are multiples of 8, of 16 and of 32. Writes rates.json and a table of
-docs/results.md.
+convolution is timed in its place, networks in turns, medians of rounds. The realised speed-up then
+has two parts, of which each is told alone: the time outside of convolutions stays, and thin
+convolutions make fewer multiplications in a second. Candidate ranks are multiples of 8, of 16 and
+of 32. Writes rates.json and a table of docs/results.md.
 """
 
 import json

@@ -1,0 +1,83 @@
+"""A contest of plans at equal MACs: what the metric says of each, and what it would say elsewhere.
+
+The plans are those that `compress(contest=True)` tries: of all methods, of one wherever it can be,
+of all but one. Each is judged as the contest judges, by agreement with the dense network on other
+words in the fonts that it is calibrated on, and by words in fonts that nothing has seen. Writes
+contest.json and tables of docs/planning.md.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from race import between_markers, machine, markdown_table, save
+from suite import cases
+
+import rankfold
+from rankfold.errors import BudgetError
+from rankfold.search import contenders
+
+HERE = Path(__file__).parent
+DOCUMENT = HERE.parent / "docs" / "planning.md"
+NAME = "english_g2"
+SHARES = (0.5, 0.35)  # of the MACs
+
+
+def contest(shares: tuple[float, ...] = SHARES) -> list[dict[str, Any]]:
+    """A row for each plan and share: its predicted loss, and the words that are read right."""
+    case = cases.make(NAME)
+    model = case.make_model().eval()
+    assert case.agreement is not None and case.validation is not None
+    competing = contenders(rankfold.analyze(model, case.data))
+    found = []
+    for share in shares:
+        for name, analysis in competing.items():
+            try:
+                plan = analysis.plan(macs=share)
+            except BudgetError:
+                continue
+            small = rankfold.factorize(model, plan).eval()
+            row = {
+                "share": share,
+                "plan": name,
+                "predicted": plan.loss,
+                "judged": case.agreement(small, case.validation),
+                "elsewhere": case.score(small),
+            }
+            print(json.dumps(row), flush=True)
+            found.append(row)
+    return found
+
+
+def main(threads: int = 2, out: Path = HERE / "contest.json") -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    facts = {"machine": machine(), "rows": contest()}
+    save(out, facts)
+    write_document(facts)
+
+
+def write_document(facts: dict[str, Any]) -> None:
+    """Plans by how they are judged; the first of the best is what the contest takes."""
+    tables = []
+    for share in SHARES:
+        rows = [row for row in facts["rows"] if row["share"] == share]
+        header = (f"at {share:.0%} of the MACs", "predicted loss", "judged, %", "elsewhere, %")
+        lines = [
+            (
+                row["plan"],
+                f"{row['predicted']:.3g}",
+                f"{100 * row['judged']:.1f}",
+                f"{100 * row['elsewhere']:.1f}",
+            )
+            for row in sorted(rows, key=lambda row: -row["judged"])
+        ]
+        tables.append(markdown_table(header, lines))
+    on = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
+    between_markers(DOCUMENT, "contest", "\n".join(tables) + f"\nMeasured on: {on}.\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
