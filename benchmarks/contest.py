@@ -16,6 +16,8 @@ from race import between_markers, machine, markdown_table, save
 from suite import cases
 
 import rankfold
+from rankfold.analysis.divergence import Judge
+from rankfold.batches import run
 from rankfold.errors import BudgetError
 from rankfold.search import contenders
 
@@ -30,6 +32,7 @@ def contest(shares: tuple[float, ...] = SHARES) -> list[dict[str, Any]]:
     case = cases.make(NAME)
     model = case.make_model().eval()
     assert case.agreement is not None and case.validation is not None
+    judge = Judge.of(model, run, [images for images, _ in case.validation], None)
     competing = contenders(rankfold.analyze(model, case.data))
     found = []
     for share in shares:
@@ -43,6 +46,7 @@ def contest(shares: tuple[float, ...] = SHARES) -> list[dict[str, Any]]:
                 "share": share,
                 "plan": name,
                 "predicted": plan.loss,
+                "measured": judge.divergence_of(small),
                 "judged": case.agreement(small, case.validation),
                 "elsewhere": case.score(small),
             }
@@ -64,11 +68,18 @@ def write_document(facts: dict[str, Any]) -> None:
     tables = []
     for share in SHARES:
         rows = [row for row in facts["rows"] if row["share"] == share]
-        header = (f"at {share:.0%} of the MACs", "predicted loss", "judged, %", "elsewhere, %")
+        header = (
+            f"at {share:.0%} of the MACs",
+            "predicted loss",
+            "measured",
+            "judged, %",
+            "elsewhere, %",
+        )
         lines = [
             (
                 row["plan"],
                 f"{row['predicted']:.3g}",
+                f"{row['measured']:.3g}",
                 f"{100 * row['judged']:.1f}",
                 f"{100 * row['elsewhere']:.1f}",
             )
