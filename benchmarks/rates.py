@@ -1,14 +1,15 @@
 """Why fewer multiplications are not as much less time: how fast each kind of convolution runs.
 
 Dense networks and plans for 30 % of the MACs, batch norms folded in both, in eager mode: each
-convolution is timed in its place. The realised speed-up then has two parts, of which each is told
-alone: the time outside of convolutions stays, and thin convolutions make fewer multiplications in
-a second. Candidate ranks are multiples of 8, of 16 and of 32. Writes rates.json and a table of
-docs/results.md.
+convolution is timed in its place, the networks in turns, and the medians of rounds are told. The
+realised speed-up then has two parts, of which each is told alone: the time outside of convolutions
+stays, and thin convolutions make fewer multiplications in a second. Candidate ranks are multiples
+of 8, of 16 and of 32. Writes rates.json and a table of docs/results.md.
 """
 
 import json
 import math
+import statistics
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ CPU = torch.device("cpu")
 NAMES = ("demo", "crepe", "craft")
 SHARE = 0.3  # of the MACs
 ALIGNMENTS = (8, 16, 32)
+ROUNDS = 5
 KINDS = ("1x1", "kx1 and 1xk", "kxk")  # by the number of axes above 1
 ELSE = "all else"
 
@@ -56,38 +58,64 @@ def multiplications(
     return found
 
 
-def by_kind(network: nn.Module, batch: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Milliseconds and MACs of the convolutions of each kind, and what is left of the whole."""
-    ready = in_fastest_memory_format(network, batch)
-    layers = {name: one for name, one in ready.named_modules() if isinstance(one, nn.Conv2d)}
-    (whole,) = latencies([lambda: run(ready, batch)], CPU)
-    shares = shares_inside(list(layers.values()), lambda: run(ready, batch), CPU)
-    found: dict[str, dict[str, float]] = defaultdict(lambda: {"ms": 0.0, "MACs": 0.0})
-    for name, macs in multiplications(layers, ready, batch).items():
-        kind = KINDS[sum(size > 1 for size in layers[name].kernel_size)]
-        found[kind]["ms"] += whole * shares[layers[name]]
-        found[kind]["MACs"] += macs
-    inside = sum(one["ms"] for one in found.values())
-    return {**found, ELSE: {"ms": whole - inside, "MACs": 0.0}}
+def by_kind(network: nn.Module, batch: torch.Tensor) -> dict[str, float]:
+    """Milliseconds of the convolutions of each kind, and what is left of the whole."""
+    layers = convolutions(network)
+    (whole,) = latencies([lambda: run(network, batch)], CPU)
+    shares = shares_inside(list(layers.values()), lambda: run(network, batch), CPU)
+    found: dict[str, float] = defaultdict(float)
+    for one in layers.values():
+        found[kind_of(one)] += whole * shares[one]
+    return {**found, ELSE: whole - sum(found.values())}
+
+
+def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
+    return {name: one for name, one in network.named_modules() if isinstance(one, nn.Conv2d)}
+
+
+def kind_of(layer: nn.Conv2d) -> str:
+    return KINDS[sum(size > 1 for size in layer.kernel_size)]
+
+
+def in_turns(
+    networks: dict[str, nn.Module], batch: torch.Tensor
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By network and kind: MACs, and milliseconds, the median, the least and the most."""
+    ready = {name: in_fastest_memory_format(one, batch) for name, one in networks.items()}
+    rounds = [{name: by_kind(one, batch) for name, one in ready.items()} for _ in range(ROUNDS)]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, network in ready.items():
+        layers, macs = convolutions(network), dict.fromkeys((*KINDS, ELSE), 0)
+        for layer, count in multiplications(layers, network, batch).items():
+            macs[kind_of(layers[layer])] += count
+        found[name] = {}
+        for kind in rounds[0][name]:
+            times = [one[name][kind] for one in rounds]
+            spread = {"least": min(times), "most": max(times)}
+            found[name][kind] = {"ms": statistics.median(times), **spread, "MACs": macs[kind]}
+    return found
 
 
 def measured(name: str) -> dict[str, Any]:
     """The dense network, and plans with ranks of each alignment: kinds, MACs and scores."""
     case = cases.make(name)
     model, batch = case.make_model().eval(), case.data[0]
-
-    def row(network: nn.Module) -> dict[str, Any]:
-        with torch.no_grad():
-            folded = rankfold.fold_batch_norms(network, batch)
-            macs = count_macs(lambda: run(network, batch))
-            return {"MACs": macs, "score": case.score(network), "kinds": by_kind(folded, batch)}
-
-    found = {"dense": row(model)}
+    networks = {"dense": model}
     for alignment in ALIGNMENTS:
         methods = [replace(one, alignment=alignment) for one in aligned_methods()]
         plan = rankfold.analyze(model, case.data, methods=methods).plan(macs=SHARE)
-        found[f"ranks in {alignment}s"] = row(rankfold.factorize(model, plan).eval())
-    return found
+        networks[f"ranks in {alignment}s"] = rankfold.factorize(model, plan).eval()
+    with torch.no_grad():
+        folded = {key: rankfold.fold_batch_norms(one, batch) for key, one in networks.items()}
+        kinds = in_turns(folded, batch)
+        return {
+            key: {
+                "MACs": count_macs(lambda one=one: run(one, batch)),
+                "score": case.score(one),
+                "kinds": kinds[key],
+            }
+            for key, one in networks.items()
+        }
 
 
 def aligned_methods() -> list[Any]:
@@ -112,16 +140,17 @@ def main(
 
 
 def write_document(facts: dict[str, Any]) -> None:
-    header = ("", "MACs", "score", *(f"{kind}, ms (G/s)" for kind in KINDS), ELSE)
+    header = ("", "MACs", "score", *(f"{kind}, ms (G/s)" for kind in KINDS), f"{ELSE}, ms")
     header = (*header, "together", "realised", "had nothing else taken time", "had rates stayed")
     lines = []
     for network, rows in facts["networks"].items():
         dense = rows["dense"]
         for name, row in rows.items():
             kinds = (_rate(row["kinds"].get(kind)) for kind in KINDS)
-            left = f"{row['kinds'][ELSE]['ms']:.1f} ms"
+            left = row["kinds"][ELSE]
+            rest = f"{left['ms']:.1f} ({left['least']:.1f} to {left['most']:.1f})"
             cells = (f"{row['MACs'] / dense['MACs']:.0%}", f"{100 * row['score']:.1f}", *kinds)
-            lines.append((f"{network}, {name}", *cells, left, *_parts(dense, row)))
+            lines.append((f"{network}, {name}", *cells, rest, *_parts(dense, row)))
     table = markdown_table(header, lines)
     on = ", ".join(f"{name} {value}" for name, value in facts["machine"].items())
     between_markers(DOCUMENT, "rates", f"{table}\nMeasured on: {on}.\n")
