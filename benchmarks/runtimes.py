@@ -3,8 +3,8 @@
 The dense and the factorized network in eager mode, compiled, in ONNX Runtime and in OpenVINO, batch
 norms folded in both: milliseconds of the first batch in turns, and the realised speed-up, the share
 of the MACs' reduction that the clock sees. Networks are planned by MACs, and by the clock of the
-runtime itself where that is asked for. Writes runtimes.json, in which what is there is not done
-again, and a table of docs/results.md.
+runtime itself where that is asked for; scores are those without recovery. Writes runtimes.json, in
+which what is there is not done again, and tables of docs/results.md.
 """
 
 import json
@@ -18,6 +18,7 @@ import typer
 import where
 from race import between_markers, machine, markdown_table, save
 from suite import cases
+from suite.case import Case
 
 import rankfold
 from rankfold.batches import run
@@ -75,19 +76,21 @@ def measured(name: str, clocks: Sequence[Runtime], found: dict[str, Any]) -> Ite
         plan = analysis.plan(macs=SHARE)
         small = rankfold.fold_batch_norms(rankfold.factorize(model, plan), batch)
         found["MACs"] = plan.before.macs / plan.after.macs
+        found["scores"] = [case.score(one) for one in (dense, small)]
         takes = {WHERE: seen, **{one: partial(tried, runtime=one) for one in RUNTIMES}}
         for one in missing:
             found[one] = takes[one](dense, small, batch)
             yield f"{one} {found[one]}"
     for one in clocks:
-        by_clock[one] = planned_by_clock(model, dense, analysis, case.data, one)
+        by_clock[one] = planned_by_clock(case, model, dense, analysis, one)
         yield f"by the clock of {one} {by_clock[one]}"
 
 
 def planned_by_clock(
-    model: Any, dense: Any, analysis: rankfold.Analysis, data: list[Any], runtime: Runtime
+    case: Case, model: Any, dense: Any, analysis: rankfold.Analysis, runtime: Runtime
 ) -> dict[str, Any] | str:
     """A network for a third of the time in this runtime, or why there is none."""
+    data = case.data
     timed = rankfold.with_timings(analysis, model, data, runtime=runtime)
     try:
         planned = plan_to_latency(model, timed, THIRD, data[0], lambda aim: timed.plan(latency=aim))
@@ -97,6 +100,7 @@ def planned_by_clock(
     return {
         "MACs": planned.plan.before.macs / planned.plan.after.macs,
         "ms": compared(dense, small, data[0], runtime),
+        "score": case.score(small),
     }
 
 
@@ -118,10 +122,12 @@ def main(
 
 
 def write_document(facts: dict[str, Any]) -> None:
-    header = ("network", "MACs", *RUNTIMES)
+    header = ("network (score)", "MACs", *RUNTIMES)
     lines = []
     for name, row in facts["rows"].items():
-        lines.append((name, f"{row['MACs']:.1f}x less", *(_cell(row, one) for one in RUNTIMES)))
+        before, after = (f"{100 * one:.1f}" for one in row["scores"])
+        cells = (_cell(row, one) for one in RUNTIMES)
+        lines.append((f"{name} ({before})", f"{row['MACs']:.1f}x less ({after})", *cells))
         clocks = row.get(BY_CLOCK, {})
         if clocks:
             cells = (_by_clock(clocks.get(one)) for one in RUNTIMES)
@@ -151,7 +157,8 @@ def _by_clock(found: dict[str, Any] | str | None) -> str:
         return ""
     if isinstance(found, str):
         return found
-    return f"{found['MACs']:.1f}x less MACs, {_shown(found['ms'], found['MACs'])}"
+    less = f"{found['MACs']:.1f}x less MACs ({100 * found['score']:.1f})"
+    return f"{less}, {_shown(found['ms'], found['MACs'])}"
 
 
 def _shown(milliseconds: list[float], macs: float) -> str:

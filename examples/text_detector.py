@@ -20,8 +20,6 @@ from rendered_text import page_batches, split_fonts
 import rankfold
 from rankfold.measure import in_fastest_memory_format
 
-METHODS = ["tucker2", "svd"]  # those of Kim et al. 2016
-
 TEXT_THRESHOLD = 0.4  # EasyOCR's low_text: pixels above it make up the boxes
 
 
@@ -60,8 +58,7 @@ def main() -> None:
     test = page_batches(options.pages, held_out_fonts, seed=1)
 
     start = time.perf_counter()
-    analysis = rankfold.analyze(model, data[:1], metric="weight", methods=METHODS)
-    plan = analysis.plan(macs=options.macs)
+    plan = rankfold.analyze(model, data).plan(macs=options.macs)
     small = rankfold.factorize(model, plan)
     print(f"analyzed, planned and factorized in {time.perf_counter() - start:.1f} s")
     unrecovered = agreement(copy.deepcopy(small).eval(), model, test)
