@@ -75,7 +75,7 @@ def scene_text() -> Case:
     random.Random(0).shuffle(words)
     data = [widths[len(widths) // 2][:1], *words]
     model = make_recogniser()
-    return Case(model, data, lambda m: words_right(m, test), 0.33, words, 6, 5e-4)
+    return Case(model, data, lambda m: words_right(m, test), 0.6, words, 6, 5e-4)
 
 
 CASES = {
