@@ -4,9 +4,9 @@
 
 EasyOCR's `english_g2` (seven convolutions, two bidirectional LSTMs, CTC) reads rendered words. One
 plan keeps two budgets, of MACs and of parameters: as if convolutions kept 30 % of both and linear
-layers half of their parameters; which layers give up how much is for the plan to say. The LSTMs stay
-dense. Recovery sees rendered words in fonts that the test does not use, and only the original's
-outputs, no text.
+layers half of their parameters; which layers give up how much is for the plan to say. The LSTMs
+stay dense. Recovery sees rendered words in fonts that the test does not use, and only the
+original's outputs, no text.
 """
 
 import argparse
