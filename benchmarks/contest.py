@@ -1,7 +1,8 @@
 """A contest of plans of equal cost: what the metric says of each, and what it would say elsewhere.
 
 The plans are those that `compress(contest=True)` tries: of all methods, of one wherever it can be,
-of all but one. Each is judged as the contest judges, by agreement with the dense network on other
+of all but one, and for a latency by MACs, which alone is brought to it by the clock here: the
+others take what they predict. Each is judged as the contest judges, by agreement with the dense network on other
 words in the fonts that it is calibrated on, and by words in fonts that nothing has seen. Writes
 contest.json, in which what is there is not done again, and tables of docs/planning.md.
 """
@@ -16,12 +17,14 @@ import typer
 from paired import paired_times
 from race import between_markers, machine, markdown_table, save
 from suite import cases
+from torch import nn
 
 import rankfold
 from rankfold.analysis.divergence import Judge
 from rankfold.batches import run
 from rankfold.errors import BudgetError
-from rankfold.search import contenders
+from rankfold.plan import Plan
+from rankfold.search import contenders, plan_to_latency
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "planning.md"
@@ -40,9 +43,14 @@ def contest(budgets: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
     competing = contenders(timed)
     found = []
     for budget, share in budgets:
-        for name, analysis in competing.items():
+        attempts = {
+            name: lambda one=one: one.plan(**{budget: share}) for name, one in competing.items()
+        }
+        if budget == "latency":
+            attempts["all, by MACs"] = lambda: plan_by_macs(model, timed, share, case.data[0])
+        for name, attempt in attempts.items():
             try:
-                plan = analysis.plan(**{budget: share})
+                plan = attempt()
             except BudgetError:
                 continue
             small = rankfold.factorize(model, plan).eval()
@@ -60,6 +68,13 @@ def contest(budgets: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
             print(json.dumps(row), flush=True)
             found.append(row)
     return found
+
+
+def plan_by_macs(
+    model: nn.Module, timed: rankfold.Analysis, share: float, batch: torch.Tensor
+) -> Plan:
+    """For a share of the time, by the clock of the whole network."""
+    return plan_to_latency(model, timed, share, batch, lambda aim: timed.plan(macs=aim)).plan
 
 
 def main(threads: int = 2, out: Path = HERE / "contest.json") -> None:

@@ -1,5 +1,6 @@
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -240,30 +241,28 @@ def test_of_contenders_the_one_with_the_best_metric_wins(analysis) -> None:
     def likes_separable(network, data) -> float:
         return float("separable" in methods_of(rankfold.record_of(network).plan))
 
-    plan, small = winner(contenders(analysis), planned, likes_separable, data)
+    attempts = [partial(planned, source) for source in contenders(analysis).values()]
+    plan, small = winner(attempts, likes_separable, data)
     assert len(tried) == 5 and "separable" in methods_of(plan)
     assert rankfold.record_of(small).plan == plan
     # Of equals the first, and what does nothing only if nothing else can be done.
-    first, _ = winner(contenders(analysis), planned, lambda network, data: 1.0, data)
+    first, _ = winner(attempts, lambda network, data: 1.0, data)
     assert methods_of(first) == tried[0]
     dense = analysis.plan(macs=1.0)
-    sources = {"dense": analysis, "all": analysis}
-    plans = iter([dense, first])
-
-    def dense_first(source):
-        plan = next(plans)
-        return plan, rankfold.factorize(model, plan)
+    dense_first = [
+        lambda plan=plan: (plan, rankfold.factorize(model, plan)) for plan in (dense, first)
+    ]
 
     def likes_dense(network, data) -> float:
         return -float(len(rankfold.record_of(network).plan.factorized))
 
-    assert winner(sources, dense_first, likes_dense, data)[0] is first
+    assert winner(dense_first, likes_dense, data)[0] is first
 
-    def out_of_reach(source):
+    def out_of_reach():
         raise BudgetError("out of reach")
 
     with pytest.raises(BudgetError, match="out of reach"):
-        winner(sources, out_of_reach, likes_dense, data)
+        winner([out_of_reach] * 2, likes_dense, data)
 
 
 def test_compress_with_a_contest() -> None:
@@ -283,6 +282,32 @@ def test_compress_with_a_contest() -> None:
     for wrong in ({"max_drop": 0.1}, {"energy": 0.9}, {}):
         with pytest.raises(BudgetError, match="contest is between plans of one budget"):
             rankfold.compress(model, data, contest=True, **wrong)
+
+
+def test_a_contest_for_a_latency_also_has_a_plan_by_macs(monkeypatch) -> None:
+    model, data = make_model(), make_data()
+    untimed = rankfold.analyze(model, data, metric="weight")
+    made: list[rankfold.Plan] = []
+    competing: list[int] = []
+
+    def to_latency(model, source, latency, batch, make_plan, **settings):
+        made.append(make_plan(0.5))
+        return search.TimedPlan(made[0], rankfold.factorize(model, made[0]), latency)
+
+    def last(attempts, *judging):
+        competing.append(len(attempts))
+        return attempts[-1]()
+
+    module = sys.modules["rankfold.compress"]
+    monkeypatch.setattr(module, "analyze", lambda *args, **settings: untimed)
+    monkeypatch.setattr(module, "plan_to_latency", to_latency)
+    monkeypatch.setattr(module, "winner", last)
+    rankfold.compress(model, data, latency=0.6, contest=True, epochs=0)
+    assert made[0].layers == untimed.plan(macs=0.5).layers and not made[0].request
+    # MACs that were asked for stay what was asked for.
+    with pytest.raises(BudgetError, match="timed"):
+        rankfold.compress(model, data, latency=0.6, macs=0.9, contest=True, epochs=0)
+    assert competing == [len(contenders(untimed)) + 1, len(contenders(untimed))]
 
 
 class SmallTransformer(nn.Module):

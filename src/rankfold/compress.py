@@ -107,8 +107,9 @@ def compress(
     metric on `validation` (by default `test`); without a metric, of the agreement with the
     original. With nothing asked for, that is `UNASKED_DROP`.
 
-    Predicted losses do not always say which method the metric likes best: with `contest`, plans are
-    also made in which one method takes every layer that it can take, and in which one is left out,
+    Predicted losses do not always say which plan the metric likes best: with `contest`, plans are
+    also made in which one method takes every layer that it can take, in which one is left out, and
+    for a latency by MACs, at the share of them that takes so long (unless `macs` is given, too);
     and of all their networks the one with the best metric on `validation` (by default `test`)
     before recovery is taken; without a metric, the one that agrees most with the original.
 
@@ -204,14 +205,21 @@ def compress(
                 **asked_for, energy=energy, fraction=fraction, evbmf=evbmf, overrides=overrides
             )
 
-        def planned(source: Analysis) -> tuple[Plan, nn.Module]:
+        def planned(source: Analysis, cost: str = "latency") -> tuple[Plan, nn.Module]:
+            """For a latency brought to it by the clock, through budgets of this cost."""
             if latency is not None:
+
+                def for_budget(aim: float) -> Plan:
+                    plan = make_plan(source, **{cost: aim})
+                    asked_for = {k: v for k, v in plan.request.items() if k != cost}
+                    return replace(plan, request=asked_for)
+
                 timed = plan_to_latency(
                     model,
                     source,
                     latency,
                     next(first_batches(data, 1, device_of(model))),
-                    lambda aim: make_plan(source, latency=aim),
+                    for_budget,
                     forward=forward,
                     progress=progress,
                 )
@@ -234,7 +242,12 @@ def compress(
             book.forget(_TRAINING)  # of another network, if another came out then
             if contest:
                 judge = metric or teacher_agreement(model, forward)
-                _, small = winner(contenders(analysis()), planned, judge, held_out, book)
+                attempts = [
+                    functools.partial(planned, one) for one in contenders(analysis()).values()
+                ]
+                if latency is not None and macs is None:
+                    attempts.append(functools.partial(planned, analysis(), "macs"))
+                _, small = winner(attempts, judge, held_out, book)
             else:
                 _, small = planned(analysis())
             outlook = look_ahead(analysis(), overrides=overrides)

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -73,11 +73,12 @@ def plan_to_latency(
     """The plan whose whole network, measured beside the dense one, takes `latency` of its time.
 
     `latency` is a share of the dense time, or above 1 milliseconds. `make_plan` makes a plan for a
-    predicted latency; where the clock says otherwise it is asked again, in proportion, or between a
-    prediction that came out too slow and one too fast; and what the plan predicts for the whole
-    network is corrected by what the plan before it missed by. Layers
-    whose dense form is as fast in the finished network are put back. If nothing can be gained at
-    all, the plan leaves every layer dense. Raises BudgetError if the latency is out of reach.
+    predicted latency, or for another cost that time rises with; where the clock says otherwise it
+    is asked again, in proportion, or between a prediction that came out too slow and one too fast;
+    and what the plan predicts for the whole network is corrected by what the plan before it missed
+    by. Layers whose dense form is as fast in the finished network are put back. If nothing can be
+    gained at all, the plan leaves every layer dense. Raises BudgetError if the latency is out of
+    reach.
     """
     assert analysis.timing is not None
     target = latency if latency <= 1 else latency / analysis.timing.dense_ms
@@ -315,8 +316,7 @@ def _offers(analysis: Analysis) -> tuple[frozenset[str], ...]:
 
 
 def winner(
-    analyses: Mapping[str, Analysis],
-    planned: Callable[[Analysis], tuple[Plan, nn.Module]],
+    attempts: Iterable[Callable[[], tuple[Plan, nn.Module]]],
     metric: Metric,
     data: Data,
     journal: Journal = _NO_JOURNAL,
@@ -324,14 +324,13 @@ def winner(
     """Of the plans that can be made, the one whose network does best by a metric.
 
     Of equals the first; one that leaves every layer dense only if all do. What was measured is kept
-    in the journal. Raises BudgetError where
-    none can be made.
+    in the journal. Raises BudgetError where none can be made.
     """
     best: tuple[tuple[bool, float], Plan, nn.Module] | None = None
     refused: BudgetError | None = None
-    for analysis in analyses.values():
+    for attempt in attempts:
         try:
-            plan, small = planned(analysis)
+            plan, small = attempt()
         except BudgetError as error:
             refused = refused or error
             continue
