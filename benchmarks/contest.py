@@ -2,13 +2,14 @@
 
 The plans are those that `compress(contest=True)` tries: of all methods, of one wherever it can be,
 of all but one, and for a latency by MACs, which alone is brought to it by the clock here: the
-others take what they predict. Each is judged as the contest judges, by agreement with the dense network on other
-words in the fonts that it is calibrated on, and by words in fonts that nothing has seen. Writes
-contest.json, in which what is there is not done again, and tables of docs/planning.md.
+others take what they predict. Each is judged as the contest judges, by agreement with the dense
+network on other words in the fonts that it is calibrated on, and by words in fonts that nothing has
+seen. Writes contest.json, in which what is there is not done again, and tables of docs/planning.md.
 """
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,9 @@ def contest(budgets: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
     competing = contenders(timed)
     found = []
     for budget, share in budgets:
-        attempts = {
-            name: lambda one=one: one.plan(**{budget: share}) for name, one in competing.items()
-        }
+        attempts = {name: partial(one.plan, **{budget: share}) for name, one in competing.items()}
         if budget == "latency":
-            attempts["all, by MACs"] = lambda: plan_by_macs(model, timed, share, case.data[0])
+            attempts["all, by MACs"] = partial(plan_by_macs, model, timed, share, case.data[0])
         for name, attempt in attempts.items():
             try:
                 plan = attempt()

@@ -98,7 +98,9 @@ def compress(
     ] = None,
     contest: Annotated[
         bool,
-        typer.Option("--contest", help="Let the metric choose: all methods, one, or all but one."),
+        typer.Option(
+            "--contest", help="Let the metric choose: all methods, one, all but one, by MACs."
+        ),
     ] = False,
     epochs: Epochs = 5,
     learning_rate: Annotated[
