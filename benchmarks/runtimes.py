@@ -35,7 +35,7 @@ WHERE = "where"
 CLOCKS: tuple[Runtime, ...] = ("eager", "onnxruntime", "openvino")  # that are planned by
 BY_CLOCK = "by clock"
 SHARE = 0.3  # of the MACs
-# Of the time, by a runtime's clock. A third of a recogniser reads next to nothing.
+# Of the time, by a runtime's clock. At a third a recogniser has lost most of its words.
 OF_TIME = {"demo": 1 / 3, "crepe": 1 / 3, "english_g2": 0.6, "craft": 1 / 3}
 
 
